@@ -1,0 +1,56 @@
+# Every target builds the environment it needs. VENV=path chooses another folder, PYTHON=path another interpreter.
+VENV ?= .venv
+VENV_XLA ?= .venv-xla
+PYTHON ?= python3.11
+
+ROOMS := $(patsubst %/__init__.py,%,$(wildcard */__init__.py))
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-input
+
+.PHONY: install format check test test-xla demo clean
+
+install: $(VENV)/.installed
+
+# The stamp is newer than the pins it was built from, so a changed pin reinstalls and nothing else does.
+$(VENV)/.installed: requirements.txt setup.py
+	@echo "Installing requirements.txt into $(VENV) (a few minutes the first time)"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python $(PIP_INSTALL) $$(grep '^torch==' requirements.txt)
+	@$(VENV)/bin/python $(PIP_INSTALL) -r requirements.txt
+	@$(VENV)/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV_XLA)/.installed: requirements-xla.txt setup.py
+	@echo "Installing requirements-xla.txt into $(VENV_XLA) (6 GB, a few minutes the first time)"
+	@test -x $(VENV_XLA)/bin/python || $(PYTHON) -m venv $(VENV_XLA)
+	@$(VENV_XLA)/bin/python $(PIP_INSTALL) -r requirements-xla.txt
+	@$(VENV_XLA)/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
+format: $(VENV)/.installed
+	@$(VENV)/bin/ruff check --quiet --fix .
+	@$(VENV)/bin/ruff format --quiet .
+
+# lint-imports explains itself at length: shown only when a contract is broken.
+check: $(VENV)/.installed
+	@$(VENV)/bin/ruff check --quiet --output-format=concise .
+	@$(VENV)/bin/ruff format --quiet --diff .
+	@$(VENV)/bin/mypy --no-error-summary $(addprefix -p openmoe.,$(ROOMS))
+	@report=$$($(VENV)/bin/lint-imports --no-logo 2>&1) || { echo "$$report"; exit 1; }
+	@$(VENV)/bin/python -m pytest -q --no-header -p no:cacheprovider tests/test_tree.py
+	@echo "check: clean"
+
+test: $(VENV)/.installed
+	@$(VENV)/bin/python -m pytest -q
+
+# Level 0 makes the CPU back end compile several times faster; the traced program is the same.
+test-xla: $(VENV_XLA)/.installed
+	@PJRT_DEVICE=CPU XLA_FLAGS=--xla_backend_optimization_level=0 $(VENV_XLA)/bin/python -m pytest -q tests/xla
+
+demo: $(VENV)/.installed
+	@$(VENV)/bin/python -m openmoe.launcher.train experiment=tiny run.dir=runs/demo checkpoint.resume=auto
+	@$(VENV)/bin/python -m openmoe.launcher.report run.dir=runs/demo
+
+# Caches and build leftovers; environments and runs stay.
+clean:
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
