@@ -1,0 +1,158 @@
+"""The OpenMoE decoder: dense blocks with a MoE block every `moe_every` layers."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from openmoe.model.batch import Batch
+from openmoe.model.config import ModelConfig
+from openmoe.model.dispatch import DISPATCHERS, TokenDispatcher
+from openmoe.model.layers import Attention, FeedForward, Linear, RMSNorm, rotary_table
+from openmoe.model.moe import MoELayer, RoutingTrace, routing_trace
+from openmoe.model.router import RouterStatistics
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    hidden: Tensor  # [rows, seq_len, d_model], what the head multiplies
+    router: list[RouterStatistics]  # one per MoE layer
+    traces: list[RoutingTrace] = field(default_factory=list)  # on request
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What every block needs to know about the rows; computed once a forward."""
+
+    rotary: tuple[Tensor, Tensor]
+    real: Tensor  # [rows, seq_len] bool, False = padding
+    mask: Tensor | None  # [rows, 1, seq_len, seq_len] bool, None = plain causal
+    query_mask: Tensor | None  # [rows, seq_len] bool
+    input_mask: Tensor | None  # [rows, seq_len, 1], 0/1 factor of every sub-layer's input
+
+
+class Block(nn.Module):
+    """Dense (paper Eq. 3): x += Attn(norm(x)); x += FFN(norm(x)). A MoE block adds the experts beside that FFN (Eq. 4)."""
+
+    def __init__(self, config: ModelConfig, layer: int, dispatcher: TokenDispatcher) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config)
+        self.moe = MoELayer(config, dispatcher) if config.is_moe_layer(layer) else None
+        self.shared_norm = config.residual == "parallel_shared_norm"
+        if self.moe is not None:
+            self.moe_norm = RMSNorm(config.d_model, config.norm_eps)
+        if self.moe is None or not self.shared_norm:
+            self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x: Tensor, at: Positions) -> tuple[Tensor, RouterStatistics | None, object]:
+        x = x + self.attention(_masked(self.attention_norm(x), at), at.rotary, at.mask, at.query_mask)
+        if self.moe is None:
+            return x + self.ffn(_masked(self.ffn_norm(x), at)), None, None
+        h = _masked(self.moe_norm(x), at)
+        y, statistics, routing = self.moe(h, at.real)
+        if self.shared_norm:
+            return x + y + self.ffn(h), statistics, routing
+        x = x + y
+        return x + self.ffn(_masked(self.ffn_norm(x), at)), statistics, routing
+
+
+class Decoder(nn.Module):
+    """Token embedding, blocks, final norm and head.
+
+    Args:
+        config: shape and routing.
+        dispatcher: how tokens reach their experts; None takes `config.dispatch` on one device.
+
+    Parameters come uninitialised; `openmoe.model.init.initialise` fills them. `train()` and `eval()` choose
+    the capacity factor. The dtype of the activations is `compute_dtype`; parameters keep their own.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dispatcher: TokenDispatcher | None = None,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        dispatcher = dispatcher or DISPATCHERS[config.dispatch]
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config, i, dispatcher) for i in range(config.n_layers))
+        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = None if config.tied_head else Linear(config.d_model, config.vocab_size)
+
+    def forward(self, batch: Batch, trace: bool = False) -> DecoderOutput:
+        """Final hidden states and router statistics of a batch; the logits are `head_weight` times the hidden
+        states, left to the loss, which never holds them."""
+        x = self.embedding(batch.input_tokens).to(self.compute_dtype)
+        at = self._positions(batch, x)
+        statistics, traces = [], []
+        for i, block in enumerate(self.layers):
+            x, block_statistics, routing = block(x, at)
+            if block_statistics is not None:
+                statistics.append(block_statistics)
+                if trace:
+                    traces.append(routing_trace(i, routing, *batch.input_tokens.shape))
+        hidden = _masked(self.final_norm(x), at)
+        if self.head is None:
+            # Embeddings have unit variance; without the factor logits would grow with d_model.
+            hidden = hidden / math.sqrt(self.config.d_model)
+        return DecoderOutput(hidden, statistics, traces)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """`[vocab_size, d_model]`."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[..., vocab_size]` in float32 or wider, for generation and analysis."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return hidden.to(wide) @ self.head_weight.to(wide).t()
+
+    def freeze_routers(self) -> None:
+        """From now on the routers' weights get no gradient; tokens are still routed by them."""
+        for block in self.layers:
+            if block.moe is not None:
+                block.moe.router.weight.requires_grad_(False)
+
+    def _positions(self, batch: Batch, x: Tensor) -> Positions:
+        seq_len = x.shape[1]
+        rotary = rotary_table(seq_len, self.config.head_dim, self.config.rope_base, x)
+        real = batch.target_tokens > 0
+        query_mask = input_mask = None
+        mask = _attention_mask(self.config, batch, real)
+        if self.config.mask_padding:
+            # The original's logit mask: real where the input is a token, or the next input is, or at the
+            # start of the row (facts 1.8). So the column after a sequence, whose input is EOS, counts as real.
+            tokens = batch.input_tokens > 0
+            real = tokens | torch.nn.functional.pad(tokens[:, 1:], (0, 1))
+            real[:, 0] = True
+            input_mask = real[..., None].to(x.dtype)
+            query_mask = batch.target_tokens > 0
+        return Positions(rotary, real, mask, query_mask, input_mask)
+
+
+def _masked(x: Tensor, at: Positions) -> Tensor:
+    return x if at.input_mask is None else x * at.input_mask
+
+
+def _attention_mask(config: ModelConfig, batch: Batch, real: Tensor) -> Tensor | None:
+    """Which keys each query sees, bool `[rows, 1, seq_len, seq_len]`; None where plain causal says it all."""
+    prefix = batch.prefix_mask if config.attention == "prefix" else None
+    if batch.segment_ids is None and prefix is None and not config.mask_padding:
+        return None
+    seq_len = real.shape[1]
+    mask = torch.ones(seq_len, seq_len, dtype=torch.bool, device=real.device).tril()
+    mask = mask.expand(real.shape[0], seq_len, seq_len)
+    if prefix is not None:
+        mask = mask | (prefix[:, :, None] & prefix[:, None, :])
+    if batch.segment_ids is not None:
+        mask = mask & (batch.segment_ids[:, :, None] == batch.segment_ids[:, None, :])
+    if config.mask_padding:
+        # A padding query sees no key; the original's finite bias makes that a uniform average over all columns.
+        mask = (mask & real[:, None, :]) | ~real[:, :, None]
+    return mask[:, None]

@@ -1,0 +1,76 @@
+"""The experts of one MoE layer: E feed-forwards as stacked tensors."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openmoe.model.config import ModelConfig
+from openmoe.model.layers import gate, wi_0_shape
+
+
+class Experts(nn.Module):
+    """wi_0 `[E, (2,) d_ff, d_model]`, wi_1 `[E, d_ff, d_model]`, wo `[E, d_model, d_ff]`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.wi_0 = nn.Parameter(torch.empty(config.num_experts, *wi_0_shape(config)))
+        self.wi_1 = nn.Parameter(torch.empty(config.num_experts, config.d_ff, config.d_model))
+        self.wo = nn.Parameter(torch.empty(config.num_experts, config.d_model, config.d_ff))
+
+    def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        num_experts, _, d_model = self.wi_1.shape
+        wi_0 = self.wi_0.view(num_experts, -1, d_model)
+        return wi_0.to(dtype), self.wi_1.to(dtype), self.wo.to(dtype)
+
+    def grouped(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Rows sorted by expert: x `[rows, d_model]`, expert e has rows ends[e-1] to ends[e] (int32 `[E]`).
+
+        Rows after the last end belong to no expert; what comes out there is undefined.
+        """
+        wi_0, wi_1, wo = self._weights(x.dtype)
+        h_0 = grouped_mm(x, wi_0, ends).unflatten(-1, (-1, wi_1.shape[1]))
+        return grouped_mm(gate(h_0, grouped_mm(x, wi_1, ends)), wo, ends)
+
+    def batched(self, x: Tensor) -> Tensor:
+        """Fixed buffers: x `[E, slots, d_model]`."""
+        wi_0, wi_1, wo = self._weights(x.dtype)
+        h_0 = torch.einsum("esd,efd->esf", x, wi_0).unflatten(-1, (-1, wi_1.shape[1]))
+        h_1 = torch.einsum("esd,efd->esf", x, wi_1)
+        return torch.einsum("esf,edf->esd", gate(h_0, h_1), wo)
+
+
+def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x[rows of e] @ weight[e]^T for every e; x `[rows, in]`, weight `[E, out, in]`, ends int32 `[E]`.
+
+    On CUDA in bfloat16 torch's grouped GEMM reads `ends` on the device; elsewhere one GEMM an expert writes
+    into its slice, which on a CPU is as fast and covers float32 and float64.
+    """
+    if x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
+        return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+    return _GroupedMM.apply(x, weight, [0, *ends.tolist()])
+
+
+class _GroupedMM(torch.autograd.Function):
+    """One node for all experts: indexing weight[e] under autograd would write a full [E, ...] gradient each time."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bounds: list[int]) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight)
+        ctx.bounds = bounds
+        out = x.new_empty(x.shape[0], weight.shape[1])
+        for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            torch.mm(x[start:end], weight[e].t(), out=out[start:end])
+        out[bounds[-1] :].zero_()
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def, override]
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+        for e, (start, end) in enumerate(zip(ctx.bounds, ctx.bounds[1:], strict=False)):
+            torch.mm(grad[start:end], weight[e], out=grad_x[start:end])
+            torch.mm(grad[start:end].t(), x[start:end], out=grad_weight[e])
+        grad_x[ctx.bounds[-1] :].zero_()
+        return grad_x, grad_weight, None

@@ -1,0 +1,116 @@
+"""The dense layers: linear, RMSNorm, rotary attention, gated feed-forward.
+
+Parameters are kept in float32 (float64 under `fp64`) and cast to the activations' dtype where they are used, an
+explicit policy in place of autocast. Every matrix is stored `[out, in]`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openmoe.model.config import ModelConfig
+
+
+class Linear(nn.Module):
+    """y = x W^T without bias; weight `[out, in]`, cast to the dtype of x."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale with statistics in at least float32 (T5LayerNorm, facts 1.2)."""
+
+    def __init__(self, d_model: int, eps: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(d_model))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        # The original rounds before it scales; in bfloat16 the order shows.
+        return normed.to(x.dtype) * self.scale.to(x.dtype)
+
+
+def rotary_table(seq_len: int, head_dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin `[seq_len, head_dim / 2]` of position * base^(-2j/head_dim), computed wide, in the dtype of `like`."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    exponent = torch.arange(0, head_dim, 2, device=like.device, dtype=wide) / head_dim
+    angle = torch.outer(torch.arange(seq_len, device=like.device, dtype=wide), base**-exponent)
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, half-split layout (facts 1.5); x `[rows, heads, seq_len, head_dim]`."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention without biases and without 1/sqrt(head_dim), which lies in q's initialiser (facts 1.4)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d_heads = config.n_heads * config.head_dim
+        self.n_heads = config.n_heads
+        self.q = Linear(config.d_model, d_heads)
+        self.k = Linear(config.d_model, d_heads)
+        self.v = Linear(config.d_model, d_heads)
+        self.o = Linear(d_heads, config.d_model)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        query_mask: Tensor | None = None,
+    ) -> Tensor:
+        """x `[rows, seq_len, d_model]`; mask bool `[rows, 1, seq_len, seq_len]`, None = causal.
+
+        `query_mask` bool `[rows, seq_len]`: where False the query is zeroed, so that a row of `mask` that
+        allows every column gives the uniform average the original computes for padding.
+        """
+        rows, seq_len, _ = x.shape
+        q, k, v = (
+            project(x).view(rows, seq_len, self.n_heads, -1).transpose(1, 2)
+            for project in (self.q, self.k, self.v)
+        )
+        if query_mask is not None:
+            q = q * query_mask[:, None, :, None].to(q.dtype)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=1.0)
+        return self.o(out.transpose(1, 2).reshape(rows, seq_len, -1))
+
+
+def gate(wi_0: Tensor, wi_1: Tensor) -> Tensor:
+    """The gated unit on projected inputs: wi_0 `[..., n, d_ff]` with n = 1 (swiglu3) or 2 (swiglu4), wi_1 `[..., d_ff]`."""
+    if wi_0.shape[-2] == 1:
+        return F.silu(wi_0[..., 0, :]) * wi_1
+    return wi_0[..., 0, :] * F.silu(wi_0[..., 1, :]) * wi_1
+
+
+def wi_0_shape(config: ModelConfig) -> tuple[int, ...]:
+    """`[d_ff, d_model]`, or `[2, d_ff, d_model]` for the four-matrix form (halves apart, so d_ff can be sharded)."""
+    halves = (2,) if config.ffn == "swiglu4" else ()
+    return (*halves, config.d_ff, config.d_model)
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward of three matrices (paper) or four (released code, facts 1.3)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.wi_0 = nn.Parameter(torch.empty(wi_0_shape(config)))
+        self.wi_1 = nn.Parameter(torch.empty(config.d_ff, config.d_model))
+        self.wo = nn.Parameter(torch.empty(config.d_model, config.d_ff))
+
+    def forward(self, x: Tensor) -> Tensor:
+        d_ff, d_model = self.wi_1.shape
+        h_0 = F.linear(x, self.wi_0.view(-1, d_model).to(x.dtype)).unflatten(-1, (-1, d_ff))
+        h_1 = F.linear(x, self.wi_1.to(x.dtype))
+        return F.linear(gate(h_0, h_1), self.wo.to(x.dtype))

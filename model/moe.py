@@ -1,0 +1,65 @@
+"""The MoE layer: cut rows into routing groups, route, dispatch, bring the rows back."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openmoe.model.config import ModelConfig
+from openmoe.model.dispatch import TokenDispatcher
+from openmoe.model.experts import Experts
+from openmoe.model.groups import expert_capacity, routing_groups
+from openmoe.model.router import RouterStatistics, Routing, TopKRouter
+
+
+@dataclass(frozen=True)
+class RoutingTrace:
+    """What one MoE layer did with each token of a batch; read by the routing analysis."""
+
+    layer: int
+    expert_index: Tensor  # [rows, seq_len, k] int64, best first
+    probs: Tensor  # [rows, seq_len, k], the gates
+    kept: Tensor  # [rows, seq_len, k] bool
+    logits: Tensor  # [rows, seq_len, E]
+
+
+class MoELayer(nn.Module):
+    """Router, dispatcher and experts. The dispatcher is handed in: parallel layouts bring their own."""
+
+    def __init__(self, config: ModelConfig, dispatcher: TokenDispatcher) -> None:
+        super().__init__()
+        self.config = config
+        self.dispatcher = dispatcher
+        self.router = TopKRouter(config)
+        self.experts = Experts(config)
+
+    def forward(self, x: Tensor, real: Tensor) -> tuple[Tensor, RouterStatistics, Routing]:
+        """x `[rows, seq_len, d_model]`; real bool `[rows, seq_len]`, False = padding."""
+        rows, seq_len, d_model = x.shape
+        groups = routing_groups(self.config, rows, seq_len)
+        capacity = expert_capacity(self.config, groups.tokens_per_group, self.training)
+        grouped = F.pad(x, (0, 0, 0, groups.padded_seq_len - seq_len))
+        grouped = grouped.reshape(groups.num_groups, groups.tokens_per_group, d_model)
+        routed = None
+        if not self.config.route_padding:
+            routed = F.pad(real, (0, groups.padded_seq_len - seq_len)).reshape(groups.num_groups, -1)
+        routing, statistics = self.router(grouped, capacity, routed)
+        y = self.dispatcher(grouped, routing, self.experts)
+        y = y.reshape(rows, groups.padded_seq_len, d_model)[:, :seq_len]
+        return y, statistics, routing
+
+
+def routing_trace(layer: int, routing: Routing, rows: int, seq_len: int) -> RoutingTrace:
+    """The routing of MoE layer `layer` in the shape of the batch, without the padding of groups."""
+
+    def by_row(x: Tensor) -> Tensor:
+        return x.detach().reshape(rows, -1, x.shape[-1])[:, :seq_len]
+
+    return RoutingTrace(
+        layer,
+        by_row(routing.expert_index),
+        by_row(routing.gate),
+        by_row(routing.kept.to(torch.uint8)).bool(),
+        by_row(routing.logits),
+    )
