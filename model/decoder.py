@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openmoe.model.batch import Batch
@@ -27,8 +28,8 @@ class Positions:
 
     rotary: tuple[Tensor, Tensor]
     real: Tensor  # [rows, seq_len] bool, False = padding
-    mask: Tensor | None  # [rows, 1, seq_len, seq_len] bool, None = plain causal
-    query_mask: Tensor | None  # [rows, seq_len] bool
+    mask: Tensor | None  # [rows, 1, seq_len, seq_len] bool; None = plain causal
+    query_mask: Tensor | None  # [rows, seq_len] bool, False = sees no key; None = every query sees one
     input_mask: Tensor | None  # [rows, seq_len, 1], 0/1 factor of every sub-layer's input
 
 
@@ -123,36 +124,34 @@ class Decoder(nn.Module):
         seq_len = x.shape[1]
         rotary = rotary_table(seq_len, self.config.head_dim, self.config.rope_base, x)
         real = batch.target_tokens > 0
-        query_mask = input_mask = None
-        mask = _attention_mask(self.config, batch, real)
-        if self.config.mask_padding:
-            # The original's logit mask: real where the input is a token, or the next input is, or at the
-            # start of the row (facts 1.8). So the column after a sequence, whose input is EOS, counts as real.
-            tokens = batch.input_tokens > 0
-            real = tokens | torch.nn.functional.pad(tokens[:, 1:], (0, 1))
-            real[:, 0] = True
-            input_mask = real[..., None].to(x.dtype)
-            query_mask = batch.target_tokens > 0
-        return Positions(rotary, real, mask, query_mask, input_mask)
+        mask = _attention_mask(self.config, batch)
+        if not self.config.mask_padding:
+            return Positions(rotary, real, mask, None, None)
+        # The original's logit mask: real where the input is a token, or the next input is, or at the start
+        # of the row (facts 1.8). So the column after a sequence, whose input is EOS, counts as real.
+        tokens = batch.input_tokens > 0
+        used = tokens | F.pad(tokens[:, 1:], (0, 1)) | (torch.arange(seq_len, device=x.device) == 0)
+        return Positions(rotary, used, mask, real, used[..., None].to(x.dtype))
 
 
 def _masked(x: Tensor, at: Positions) -> Tensor:
     return x if at.input_mask is None else x * at.input_mask
 
 
-def _attention_mask(config: ModelConfig, batch: Batch, real: Tensor) -> Tensor | None:
+def _attention_mask(config: ModelConfig, batch: Batch) -> Tensor | None:
     """Which keys each query sees, bool `[rows, 1, seq_len, seq_len]`; None where plain causal says it all."""
     prefix = batch.prefix_mask if config.attention == "prefix" else None
     if batch.segment_ids is None and prefix is None and not config.mask_padding:
         return None
+    real = batch.target_tokens > 0
     seq_len = real.shape[1]
-    mask = torch.ones(seq_len, seq_len, dtype=torch.bool, device=real.device).tril()
-    mask = mask.expand(real.shape[0], seq_len, seq_len)
+    mask = torch.ones(seq_len, seq_len, dtype=torch.bool, device=real.device).tril()[None]
     if prefix is not None:
         mask = mask | (prefix[:, :, None] & prefix[:, None, :])
     if batch.segment_ids is not None:
         mask = mask & (batch.segment_ids[:, :, None] == batch.segment_ids[:, None, :])
     if config.mask_padding:
-        # A padding query sees no key; the original's finite bias makes that a uniform average over all columns.
+        # No key is padding; a padding query sees none (see query_mask), here it may have all: a row of
+        # False would give NaN in some kernels.
         mask = (mask & real[:, None, :]) | ~real[:, :, None]
     return mask[:, None]

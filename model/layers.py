@@ -70,21 +70,31 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         query_mask: Tensor | None = None,
     ) -> Tensor:
-        """x `[rows, seq_len, d_model]`; mask bool `[rows, 1, seq_len, seq_len]`, None = causal.
-
-        `query_mask` bool `[rows, seq_len]`: where False the query is zeroed, so that a row of `mask` that
-        allows every column gives the uniform average the original computes for padding.
-        """
+        """x `[rows, seq_len, d_model]`; mask bool `[rows, 1, seq_len, seq_len]`, None = causal; query_mask bool
+        `[rows, seq_len]`, False where a query sees no key and averages over all columns instead."""
         rows, seq_len, _ = x.shape
         q, k, v = (
             project(x).view(rows, seq_len, self.n_heads, -1).transpose(1, 2)
             for project in (self.q, self.k, self.v)
         )
-        if query_mask is not None:
-            q = q * query_mask[:, None, :, None].to(q.dtype)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=1.0)
+        if query_mask is not None:
+            out = torch.where(query_mask[:, None, :, None], out, uniform_attention(q, k, v))
         return self.o(out.transpose(1, 2).reshape(rows, seq_len, -1))
+
+
+def uniform_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What the original gives a query without keys: mean(v), with the gradients of a softmax at equal scores.
+
+    Its finite mask bias of -1e10 absorbs the scores s = q k^T in float32, so every column weighs 1/n; but the bias
+    was added, so gradients pass: d out / d s_j = (v_j - mean(v)) / n. The first-order term of the softmax has
+    just these, and is taken away again by value. (Fused attention can't do it: it keeps one log-sum-exp
+    a row, where -1e10 absorbs log n and the weights come back as 1 in the backward pass.)
+    """
+    centred = k - k.mean(-2, keepdim=True)
+    slope = q @ (centred.transpose(-1, -2) @ v.detach() / k.shape[-2])
+    return v.mean(-2, keepdim=True) + (slope - slope.detach())
 
 
 def gate(wi_0: Tensor, wi_1: Tensor) -> Tensor:
