@@ -101,6 +101,8 @@ def test_trajectory(path: Path, dtype: torch.dtype) -> None:
         set_learning_rate(optimizer, lr)
         optimizer.step()
         tolerance = 5e-5 if meta["start_step"] and step + 1 == 3 else 1e-6
+        if dtype is torch.float64:
+            tolerance *= 2  # the file's own float32 rounding, which float32 here repeats
         found = {f"params_step{step + 1}/{name}": param.detach() for name, param in params.items()}
         for name, param in params.items():
             for key, value in optimizer.state[param].items():
@@ -112,11 +114,9 @@ def test_trajectory(path: Path, dtype: torch.dtype) -> None:
             expected = torch.from_numpy(case[key]).to(dtype)
             assert found[key].shape == expected.shape, key
             rms = expected.square().mean().sqrt().item()
-            kind = key.split("_")[0] + ("" if tolerance == 1e-6 else " (loose step)")
             error = (found[key] - expected).abs().max().item() / rms
+            kind = key.split("_")[0]
             worst[kind] = max(worst.get(kind, 0.0), error)
-            limit = tolerance if kind.startswith("params") else 3e-6
-            assert error <= limit, (key, error)
-            compared += 1
-    assert compared > 0
-    print(path.stem, dtype, worst)
+            assert error <= tolerance, (key, error)
+    assert set(worst) == {"params", "state"}
+    print(f"{path.stem}, {dtype}: largest error / RMS {worst}")
