@@ -30,7 +30,8 @@ VARIANTS = {
 def config(variant: str) -> ModelConfig:
     return ModelConfig(
         vocab_size=96, d_model=32, n_layers=4, n_heads=4, head_dim=8, d_ff=48, init_scale=1.0,
-        router_init_std=0.2, moe_every=2, num_experts=8, top_k=2, group_rows=2, dispatch="einsum", **VARIANTS[variant],
+        router_init_std=0.2, moe_every=2, num_experts=8, top_k=2, group_rows=2, dispatch="einsum",
+        **VARIANTS[variant],
     )  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def compilations() -> int:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_einsum_path_equals_eager(variant: str) -> None:
     """Bugs: an operation that XLA lacks and that runs on the host unnoticed (`aten::` counters); a shape that
-    depends on the data, so that each step compiles anew; a result other than that of the same code run eagerly."""
+    depends on the data, so that each step compiles anew; a result other than the same code gives eagerly."""
     eager = Decoder(config(variant)).train()
     initialise(eager, eager.config, seed=0)
     traced = Decoder(config(variant)).train()
