@@ -1,0 +1,152 @@
+"""One update: micro-batches -> loss -> gradients -> optimizer. Nothing here waits for the device."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openmoe.model.batch import Batch
+from openmoe.model.decoder import Decoder
+from openmoe.model.losses import linear_cross_entropy
+from openmoe.model.router import RouterStatistics
+from openmoe.optim.build import set_learning_rate
+from openmoe.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows on the device; only the `loss_positions` (index into the flattened rows) reach the head."""
+
+    batch: Batch
+    loss_positions: Tensor
+
+
+def micro_batches(
+    arrays: dict[str, np.ndarray], micro_batch_rows: int, device: torch.device
+) -> list[MicroBatch]:
+    """Contiguous blocks of rows of a host batch (keys of `model.batch.Batch`, `[rows, seq_len]`)."""
+    rows = len(arrays["input_tokens"])
+    size = rows if micro_batch_rows == -1 else micro_batch_rows
+    return [
+        _micro_batch({name: array[start : start + size] for name, array in arrays.items()}, device)
+        for start in range(0, rows, size)
+    ]
+
+
+def _micro_batch(arrays: dict[str, np.ndarray], device: torch.device) -> MicroBatch:
+    def on_device(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+    # With one example a row a causal mask is enough; attention without a mask tensor is faster.
+    packed = arrays["segment_ids"].max() > 1
+    batch = Batch(
+        on_device(arrays["input_tokens"].astype(np.int64)),
+        on_device(arrays["target_tokens"].astype(np.int64)),
+        on_device(arrays["loss_weights"]),
+        segment_ids=on_device(arrays["segment_ids"]) if packed else None,
+        prefix_mask=on_device(arrays["prefix_mask"]) if arrays["prefix_mask"].any() else None,
+        source_ids=on_device(arrays["source_ids"]),
+    )
+    return MicroBatch(batch, on_device(np.flatnonzero(arrays["loss_weights"])))
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over one micro-batch; the first three are float32 or wider and differentiable."""
+
+    lm: Tensor  # weighted cross-entropy, nats
+    z: Tensor  # weighted squared log-partition of the head
+    correct: Tensor  # weighted count of right first guesses
+    weight: Tensor  # sum of the loss weights
+    router: list[RouterStatistics]
+
+
+def loss_sums(model: Decoder, micro: MicroBatch) -> LossSums:
+    """Forward pass and loss of one micro-batch, nothing normalised yet."""
+    out = model(micro.batch)
+    hidden = out.hidden.flatten(0, 1).index_select(0, micro.loss_positions)
+    targets = micro.batch.target_tokens.flatten().index_select(0, micro.loss_positions)
+    nll, log_z, correct = linear_cross_entropy(hidden, model.head_weight, targets)
+    weights = micro.batch.loss_weights.flatten().index_select(0, micro.loss_positions).to(nll.dtype)
+    return LossSums(
+        lm=(nll * weights).sum(),
+        z=(log_z.square() * weights).sum(),
+        correct=(correct * weights).sum().detach(),
+        weight=weights.sum(),
+        router=out.router,
+    )
+
+
+@dataclass
+class StepResult:
+    """Device tensors of one update; `metrics.step_metrics` turns them into numbers."""
+
+    loss: Tensor  # weighted total before the update
+    lm_loss: Tensor
+    z_loss: Tensor  # this and the router losses unweighted
+    load_balancing_loss: Tensor
+    router_z_loss: Tensor
+    correct: Tensor
+    loss_tokens: Tensor
+    grad_norm: Tensor
+    router: list[list[RouterStatistics]]  # per micro-batch, per MoE layer
+
+
+def train_step(
+    model: Decoder,
+    optimizer: torch.optim.Optimizer,
+    micro: Sequence[MicroBatch],
+    global_loss_tokens: float,
+    learning_rate: float,
+    config: TrainConfig,
+) -> StepResult:
+    """Accumulate gradients over the micro-batches and update once.
+
+    Args:
+        micro: blocks of equal shape, so each has the same number of routing groups.
+        global_loss_tokens: loss weights of the whole batch, the divisor under `global_tokens`.
+    """
+    model.train()
+    total: dict[str, Tensor] = {}
+    router = []
+    for block in micro:
+        sums = loss_sums(model, block)
+        if config.loss_normalization == "global_tokens":
+            lm_divisor, blocks = max(1.0, global_loss_tokens), len(micro)
+        else:  # each block stands for itself and the sum is taken, not the mean (facts 2.5)
+            lm_divisor, blocks = sums.weight.clamp(min=1), 1
+        groups = max(1, sum(s.num_groups for s in sums.router)) * blocks
+        parts = {
+            "lm_loss": sums.lm / lm_divisor,
+            "z_loss": sums.z / lm_divisor,
+            "load_balancing_loss": sum((s.load_balancing_sum for s in sums.router), sums.lm.new_zeros(()))
+            / groups,
+            "router_z_loss": sum((s.router_z_sum for s in sums.router), sums.lm.new_zeros(())) / groups,
+        }
+        loss = weighted(parts, config)
+        loss.backward()
+        parts |= {"loss": loss, "correct": sums.correct, "loss_tokens": sums.weight}
+        for name, value in parts.items():
+            total[name] = total.get(name, 0) + value.detach()
+        router.append(sums.router)
+    grad_norm = torch.nn.utils.get_total_norm(_gradients(model.parameters()))
+    set_learning_rate(optimizer, learning_rate)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(grad_norm=grad_norm, router=router, **total)
+
+
+def weighted(parts: dict[str, Tensor], config: TrainConfig) -> Tensor:
+    """The training loss: LM + z-loss + load balancing + router z-loss (paper section 3.2 with Table 12's weights)."""
+    return (
+        parts["lm_loss"]
+        + config.z_loss_weight * parts["z_loss"]
+        + config.load_balancing_weight * parts["load_balancing_loss"]
+        + config.router_z_loss_weight * parts["router_z_loss"]
+    )
+
+
+def _gradients(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
