@@ -25,7 +25,7 @@ from openmoe.optim.factor_rules import FactorRule
 
 # Elements worked on at a time: a CPU keeps a tile and its temporary in its cache, a GPU wants few, large
 # launches.
-CPU_TILE_ELEMENTS = 2**18
+CPU_TILE_ELEMENTS = 3 * 2**16
 DEVICE_TILE_ELEMENTS = 2**24
 
 
@@ -106,7 +106,7 @@ class Adafactor(torch.optim.Optimizer):
         """Phase 1: sums of p^2, and of g^2 over each side of a factored parameter."""
         for tile, square in _tiles(update.param):
             p, g = update.param[tile], update.grad[tile]
-            update.squared_param[tile[0]].add_(torch.mul(p, p, out=square).sum((1, 2)))
+            update.squared_param[tile[0]].add_(torch.linalg.vector_norm(p, dim=(1, 2)).square_())
             if update.rule.split is not None:
                 torch.mul(g, g, out=square)
                 torch.sum(square, 2, out=update.left[tile])
@@ -121,8 +121,8 @@ class Adafactor(torch.optim.Optimizer):
                 g, v = update.grad[tile], moment[tile]
                 torch.mul(g, g, out=u).add_(epsilon1).mul_(1 - beta2)
                 torch.add(u, v, alpha=beta2, out=v)
-                torch.rsqrt(v, out=u).mul_(g).square_()
-                update.squared_update[tile[0]].add_(u.sum((1, 2)))
+                torch.rsqrt(v, out=u).mul_(g)
+                update.squared_update[tile[0]].add_(torch.linalg.vector_norm(u, dim=(1, 2)).square_())
             return
         left_key, right_key = ("v_row", "v_col") if rule.row_is_left else ("v_col", "v_row")
         for key, sums, shape in (
@@ -140,8 +140,9 @@ class Adafactor(torch.optim.Optimizer):
         update.left.rsqrt_()
         update.right.rsqrt_()
         for tile, u in _tiles(update.param):
-            torch.mul(update.grad[tile], update.right[tile[0], None, :], out=u).square_()
-            update.squared_update[tile[0]].add_(u.sum(2).mul_(update.left[tile].square()).sum(1))
+            torch.mul(update.grad[tile], update.right[tile[0], None, :], out=u)
+            row_norms = torch.linalg.vector_norm(u, dim=2).mul_(update.left[tile])
+            update.squared_update[tile[0]].add_(row_norms.square_().sum(1))
 
     def _write(self, update: _Update, learning_rate: float) -> None:
         """Phase 3: p -= lr * max(RMS(p), epsilon2) * u / max(1, RMS(u) / clipping_threshold)."""

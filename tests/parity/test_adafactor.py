@@ -91,7 +91,6 @@ def test_trajectory(path: Path, dtype: torch.dtype) -> None:
     optimizer = Adafactor(params.items(), rules_of(meta), config_of(meta["hyper"]))
     optimizer.param_groups[0]["step"] = meta["start_step"]
     worst: dict[str, float] = {}
-    compared = 0
     for step, lr in enumerate(meta["lrs"]):
         for name, param in params.items():
             g = gradient(meta, name, step)
