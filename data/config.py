@@ -1,0 +1,72 @@
+"""Configuration of the data room: where the text comes from, how it is prepared, and the phases of a run."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+ObjectiveName = Literal["ul2", "causal_lm", "prefix_lm", "span_corruption"]
+
+# A path as text: not empty and without the NUL byte that no file system accepts.
+PathText = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
+
+# A source's name is a folder's name and part of metric names.
+SourceName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")]
+
+LARGEST_COUNT = 2**53  # exact in every JSON reader
+
+
+class _Section(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf_nan=False):
+    pass
+
+
+class TokenizerConfig(_Section):
+    """The sentencepiece model, or how to train one on the run's own sources."""
+
+    # A sentencepiece model file with pad 0 and eos 1; null trains one and keeps it in the cache.
+    path: PathText | None = None
+    # Pieces of a trained tokenizer, before the 300 sentinels; a small corpus may yield fewer.
+    vocab_size: int = Field(default=4096, ge=512, le=1_000_000)
+    # Algorithm of a trained tokenizer; bpe trains about 25 times faster and compresses as well.
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    # Text a trained tokenizer sees of each source, bytes (whole documents, drawn by hash).
+    sample_bytes_per_source: int = Field(default=1_500_000, ge=1, le=2**31)
+
+
+class DataConfig(_Section):
+    """Sources, cache, tokenizer and the choices that the paper leaves open."""
+
+    # Folder with one sub-folder per source; null reads the embedded data of the running Python.
+    root: PathText | None = None
+    # Where prepared tokens are kept; null is $XDG_CACHE_HOME/openmoe or ~/.cache/openmoe.
+    cache_dir: PathText | None = None
+    # Threads that build rows ahead of the training step; 0 builds them in the step. Never changes the rows.
+    workers: int = Field(default=1, ge=0, le=64)
+    # Share of the documents held back for validation where a source has no valid/ folder.
+    validation_fraction: float = Field(default=0.05, gt=0, le=0.5)
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    # What a mix's rates count: text tokens read, or examples (the released way).
+    mix_rates: Literal["per_token", "per_example"] = "per_token"
+    # One random aligned chunk of at most this many tokens is used of a document per epoch.
+    document_chunk_tokens: int = Field(default=65_536, gt=0, le=2**31 - 1)
+    # Causal LM: replace the last token of every row by EOS, as the released pre-processing does.
+    row_end_eos: bool = False
+
+
+class PhaseConfig(_Section):
+    """One stretch of a run with a fixed mix and objective."""
+
+    # The phase ends at the first step boundary at or after this many row positions of the whole run ...
+    until_tokens: int | None = Field(default=None, gt=0, le=LARGEST_COUNT)
+    # ... or after this many steps of the whole run. One of the two; the last phase may have neither.
+    until_steps: int | None = Field(default=None, gt=0, le=LARGEST_COUNT)
+    # Relative rate of each source; need not sum to one.
+    mix: dict[SourceName, Annotated[float, Field(ge=0, le=1e9)]] = Field(min_length=1)
+    objective: ObjectiveName
+
+    @model_validator(mode="after")
+    def _check(self) -> "PhaseConfig":
+        if self.until_tokens is not None and self.until_steps is not None:
+            raise ValueError("give until_tokens or until_steps, not both")
+        if sum(self.mix.values()) <= 0:
+            raise ValueError("the rates of mix sum to 0; at least one must be above 0")
+        return self

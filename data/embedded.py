@@ -1,0 +1,118 @@
+"""Text that every Python brings along, read from the running interpreter, so a first run downloads nothing.
+
+Three sources: `manual` (the language reference of `pydoc_data.topics`), `docstrings` (of the standard
+library, one document a module) and `code` (the standard library without its docstrings). The documents are
+the same for the same Python.
+"""
+
+import ast
+import hashlib
+import inspect
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from openmoe.data.errors import DataError
+from openmoe.data.raw import RawSource, Split
+
+NAMES = ("code", "docstrings", "manual")
+
+# Folders of the library that hold tests, generated tables, other people's packages or the manual itself.
+_SKIPPED = frozenset(
+    (
+        *("__pycache__", "__phello__", "dist-packages", "encodings", "idle_test", "idlelib", "lib2to3"),
+        *("pydoc_data", "site-packages", "test", "tests", "turtledemo"),
+    )
+)
+# Part of the cache key: raise it when the documents made below change.
+_FORMAT = 1
+
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def embedded_sources(names: Sequence[str] | None) -> list[RawSource]:
+    """The embedded sources called `names` (None: all). Raises DataError for another name."""
+    for name in names or ():
+        if name not in NAMES:
+            raise DataError(
+                f"source {name!r} is not embedded; there are {', '.join(NAMES)} (data.root names a folder)"
+            )
+    modules = _modules()
+    # One key for all three: they change together, with the Python.
+    digest = hashlib.sha256(f"{_FORMAT} {sys.version}".encode())
+    for path in modules:
+        digest.update(path.read_bytes())
+    readers = {"manual": _manual, "docstrings": _docstrings, "code": _code}
+    size_bytes = sum(path.stat().st_size for path in modules)
+    return [
+        RawSource(name, f"{digest.hexdigest()}-{name}", size_bytes, readers[name])
+        for name in sorted(set(names or NAMES))
+    ]
+
+
+def _modules() -> list[Path]:
+    library = Path(sysconfig.get_paths()["stdlib"])
+    paths = (path for path in library.rglob("*.py") if path.is_file())
+    kept = [path for path in paths if _SKIPPED.isdisjoint(path.relative_to(library).parts)]
+    if not kept:
+        raise DataError(f"this Python has no library sources in {library}; give data.root a folder of text")
+    return sorted(kept, key=lambda path: path.relative_to(library).parts)
+
+
+def _manual() -> Iterator[tuple[Split | None, str]]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise DataError("this Python has no pydoc_data.topics; give data.root a folder of text") from None
+    for name in sorted(topics):
+        yield None, topics[name]
+
+
+def _docstrings() -> Iterator[tuple[Split | None, str]]:
+    for _, tree in _parsed_modules():
+        texts = [inspect.cleandoc(str(constant.value)) for constant in _docstring_constants(tree)]
+        if texts:
+            yield None, "\n\n".join(texts) + "\n"
+
+
+def _code() -> Iterator[tuple[Split | None, str]]:
+    for source, tree in _parsed_modules():
+        code = _without(source, _docstring_constants(tree))
+        if code.strip():
+            yield None, code
+
+
+def _parsed_modules() -> Iterator[tuple[str, ast.Module]]:
+    for path in _modules():
+        try:
+            source = path.read_text(encoding="utf-8")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # invalid escapes in old modules
+                yield source, ast.parse(source)
+        except (UnicodeDecodeError, SyntaxError):
+            continue  # templates and files in other encodings are no modules
+
+
+def _docstring_constants(tree: ast.Module) -> list[ast.Constant]:
+    constants = []
+    for node in ast.walk(tree):
+        if isinstance(node, _DOCUMENTED) and node.body and isinstance(node.body[0], ast.Expr):
+            constant = node.body[0].value
+            if isinstance(constant, ast.Constant) and isinstance(constant.value, str):
+                constants.append(constant)
+    return constants
+
+
+def _without(source: str, constants: Sequence[ast.Constant]) -> str:
+    """`source` without the lines that the docstrings `constants` stand on alone."""
+    lines = source.split("\n")
+    removed: set[int] = set()
+    for constant in constants:
+        first, last = constant.lineno - 1, (constant.end_lineno or constant.lineno) - 1
+        before = lines[first].encode()[: constant.col_offset]
+        after = lines[last].encode()[constant.end_col_offset :]
+        if not before.strip() and not after.strip():
+            removed.update(range(first, last + 1))
+    return "\n".join(line for number, line in enumerate(lines) if number not in removed)

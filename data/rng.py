@@ -1,0 +1,68 @@
+"""Randomness without order: every draw is a pure function of names and numbers, never of earlier draws.
+
+A key is a hash of what it belongs to, e.g. (seed, source, example number). Bits come from Philox's raw
+stream, which numpy guarantees to stay the same, and not from `Generator` methods, which it doesn't.
+"""
+
+import hashlib
+import struct
+from typing import NamedTuple
+
+import numpy as np
+
+
+class RandomKey(NamedTuple):
+    """Four 64-bit words. The first two serve single draws, the last two seed the stream of `bits`."""
+
+    first: int
+    second: int
+    stream_low: int
+    stream_high: int
+
+    def bits(self, count: int) -> np.ndarray:
+        """`count` random words, uint64 [count]."""
+        key = np.array([self.stream_low, self.stream_high], dtype=np.uint64)
+        return np.random.Philox(key=key).random_raw(count)
+
+
+def random_key(*parts: str | int) -> RandomKey:
+    """The key that belongs to `parts`."""
+    text = "\x1f".join(map(str, parts))
+    return RandomKey(*struct.unpack("<4Q", hashlib.blake2b(text.encode(), digest_size=32).digest()))
+
+
+def mix_bits(words: np.ndarray) -> np.ndarray:
+    """Scramble uint64 words one by one (the finaliser of splitmix64, Steele et al. 2014)."""
+    words = words + np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+class IndexPermutation:
+    """A random permutation of 0 .. size-1 that is computed where asked, without a table.
+
+    A four-round Feistel network over the next power of four; results outside the range are put through
+    again until they fall inside (cycle walking), which keeps it one-to-one.
+    """
+
+    def __init__(self, size: int, *parts: str | int) -> None:
+        self.size = size
+        self._half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+        self._half_mask = np.uint64((1 << int(self._half_bits)) - 1)
+        self._round_keys = np.array(random_key("permutation", *parts), dtype=np.uint64)
+
+    def __call__(self, ranks: np.ndarray) -> np.ndarray:
+        """The index at each rank; int64 [n] -> int64 [n]."""
+        values = self._feistel(ranks.astype(np.uint64))
+        outside = np.flatnonzero(values >= self.size)
+        while outside.size:
+            values[outside] = self._feistel(values[outside])
+            outside = outside[values[outside] >= self.size]
+        return values.astype(np.int64)
+
+    def _feistel(self, values: np.ndarray) -> np.ndarray:
+        left, right = values >> self._half_bits, values & self._half_mask
+        for key in self._round_keys:
+            left, right = right, left ^ (mix_bits(right ^ key) & self._half_mask)
+        return (left << self._half_bits) | right
