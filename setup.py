@@ -30,7 +30,7 @@ setup(
         "protobuf>=5,<8",
         "datasets>=4,<6",
         "safetensors>=0.5,<0.9",
-        "wandb>=0.22,<0.32",
+        "wandb>=0.31,<0.32",
         "matplotlib>=3.9,<4",
     ],
     extras_require={
