@@ -3,7 +3,7 @@ VENV ?= .venv
 VENV_XLA ?= .venv-xla
 PYTHON ?= python3.11
 
-ROOMS := $(patsubst %/__init__.py,%,$(wildcard */__init__.py))
+ROOMS := $(filter-out tests,$(patsubst %/__init__.py,%,$(wildcard */__init__.py)))
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-input
 
 .PHONY: install format check test test-xla demo clean
