@@ -1,0 +1,68 @@
+"""The way from a command line to a validated Config and to an exit code; the only file that imports Hydra."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from openmoe.checkpoint.errors import CheckpointError, CheckpointWriteError
+from openmoe.data.errors import DataError
+from openmoe.launcher.errors import ConfigError, RunError
+from openmoe.launcher.schema import Config, validate
+from openmoe.parallel.topology import TopologyError
+
+CONFIGS = "pkg://openmoe.conf"
+USER_ERRORS = (ConfigError, DataError, CheckpointError, TopologyError)
+RUN_ERRORS = (RunError, CheckpointWriteError)
+
+
+def run_command(task: Callable[[Config], None]) -> None:
+    """Compose the configuration from sys.argv, validate it, run `task`, exit.
+
+    Exit code 0 on success, 2 with one line for a configuration that can't be run, 3 with one line for
+    a failure on the way.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands us its errors and leaves the printing to us
+
+    @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="config")
+    def entry(composed: DictConfig) -> None:
+        task(to_config(composed))
+
+    try:
+        entry()
+    except USER_ERRORS as error:
+        _stop(error, 2)
+    except (HydraException, OmegaConfBaseException) as error:
+        _stop(error, 2)
+    except RUN_ERRORS as error:
+        _stop(error, 3)
+
+
+def load_config(overrides: Sequence[str]) -> Config:
+    """The Config of these command-line overrides; raises ConfigError."""
+    try:
+        with hydra.initialize_config_module("openmoe.conf", version_base="1.3"):
+            return to_config(hydra.compose("config", list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def to_config(composed: DictConfig) -> Config:
+    values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    assert isinstance(values, dict)
+    values.pop("hydra", None)
+    return validate({str(key): value for key, value in values.items()})
+
+
+def _stop(error: BaseException, code: int) -> None:
+    print(f"error: {_one_line(error)}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines) or type(error).__name__

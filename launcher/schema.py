@@ -1,0 +1,63 @@
+"""The whole configuration. Each room defines its section beside what it configures; here they meet and are checked once."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from openmoe.checkpoint.config import CheckpointConfig
+from openmoe.data.config import DataConfig, PathText, PhaseConfig, SourceName
+from openmoe.launcher.errors import ConfigError, describe
+from openmoe.model.config import ModelConfig
+from openmoe.optim.config import OptimConfig
+from openmoe.parallel.config import ParallelConfig
+from openmoe.train.config import TrainConfig
+from openmoe.train.logging_config import LoggingConfig
+
+
+class RunConfig(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf_nan=False):
+    dir: PathText
+    seed: int = Field(0, ge=0, lt=2**63)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class Config(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf_nan=False):
+    run: RunConfig
+    model: ModelConfig
+    optim: OptimConfig
+    train: TrainConfig
+    curriculum: list[PhaseConfig] = Field(min_length=1)
+    # Named mixes that phases refer to as ${mixes.NAME}; only the phases are read.
+    mixes: dict[str, dict[SourceName, Annotated[float, Field(ge=0)]]] = Field(default_factory=dict)
+    data: DataConfig
+    parallel: ParallelConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        train, model = self.train, self.model
+        micro = train.global_batch_rows if train.micro_batch_rows == -1 else train.micro_batch_rows
+        if train.global_batch_rows % micro:
+            raise ValueError(
+                f"train.micro_batch_rows={micro}: allowed a divisor of train.global_batch_rows={train.global_batch_rows}"
+            )
+        if model.moe_every and model.group_rule == "rows" and micro % model.group_rows:
+            raise ValueError(
+                f"model.group_rows={model.group_rows}: a micro-batch has {micro} rows; allowed a divisor of that"
+            )
+        if train.validation_rows and model.group_rule == "rows" and train.validation_rows % model.group_rows:
+            raise ValueError(
+                f"train.validation_rows={train.validation_rows}: allowed a multiple of model.group_rows={model.group_rows}"
+            )
+        return self
+
+
+def validate(values: dict[str, Any]) -> Config:
+    """The composed values as a Config.
+
+    Raises ConfigError with one line naming key, value and what is allowed.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(describe(error, Config)) from None
