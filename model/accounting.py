@@ -134,7 +134,9 @@ def paper_figures(config: ModelConfig) -> list[PaperFigure]:
             active,
             printed[1],
         ),
-        PaperFigure("#ActParam with embedding", "the same and one embedding", active + embedding, printed[2]),
+        PaperFigure(
+            "#ActParam with embedding", "as #ActParam, and one embedding", active + embedding, printed[2]
+        ),
     ]
 
 
