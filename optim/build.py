@@ -36,9 +36,17 @@ def build_optimizer(
             ]
             # The fused kernel exists for these devices; elsewhere (XLA) torch's default is the right one.
             fused = all(param.device.type in ("cpu", "cuda") for _, param in named)
-            return torch.optim.AdamW(
+            optimizer = torch.optim.AdamW(
                 groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=fused or None
             )
+            # torch makes this state in the first step; from the start, a checkpoint can be loaded into it.
+            for _, param in named:
+                optimizer.state[param] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=param.device if fused else "cpu"),
+                    "exp_avg": torch.zeros_like(param),
+                    "exp_avg_sq": torch.zeros_like(param),
+                }
+            return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
