@@ -2,22 +2,24 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from openmoe.checkpoint.errors import CheckpointError, CheckpointWriteError
+from openmoe.checkpoint.errors import CheckpointError
 from openmoe.data.errors import DataError
-from openmoe.launcher.errors import ConfigError, RunError
+from openmoe.launcher.errors import ConfigError
 from openmoe.launcher.schema import Config, validate
 from openmoe.parallel.topology import TopologyError
+from openmoe.train.loop import NonFiniteLoss
 
 CONFIGS = "pkg://openmoe.conf"
 USER_ERRORS = (ConfigError, DataError, CheckpointError, TopologyError)
-RUN_ERRORS = (RunError, CheckpointWriteError)
 
 
 def run_command(task: Callable[[Config], None]) -> None:
@@ -38,8 +40,11 @@ def run_command(task: Callable[[Config], None]) -> None:
         _stop(error, 2)
     except (HydraException, OmegaConfBaseException) as error:
         _stop(error, 2)
-    except RUN_ERRORS as error:
+    except (NonFiniteLoss, OSError) as error:  # OSError: a full disk, a file that went away
         _stop(error, 3)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(3)
 
 
 def load_config(overrides: Sequence[str]) -> Config:
@@ -56,6 +61,11 @@ def to_config(composed: DictConfig) -> Config:
     assert isinstance(values, dict)
     values.pop("hydra", None)
     return validate({str(key): value for key, value in values.items()})
+
+
+def write_config(config: Config, path: Path) -> None:
+    """All that was composed, as the run's own record."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump())))
 
 
 def _stop(error: BaseException, code: int) -> None:

@@ -8,10 +8,6 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; one line: key, value, what is allowed. Exit code 2."""
 
 
-class RunError(RuntimeError):
-    """A run that failed on the way; one line. Exit code 3."""
-
-
 def describe(error: ValidationError, schema: type[BaseModel]) -> str:
     """The first fault as one line, with the number of further ones."""
     faults = error.errors()
@@ -36,7 +32,11 @@ def _siblings(loc: tuple[int | str, ...], schema: type[BaseModel]) -> list[str]:
     """Field names of the section that holds the last part of `loc`."""
     for part in loc[:-1]:
         field = schema.model_fields.get(str(part))
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+        if (
+            field is None
+            or not isinstance(field.annotation, type)
+            or not issubclass(field.annotation, BaseModel)
+        ):
             return ["the keys that --cfg job prints"]
         schema = field.annotation
     return list(schema.model_fields)

@@ -1,4 +1,4 @@
-"""The whole configuration. Each room defines its section beside what it configures; here they meet and are checked once."""
+"""The whole configuration: each room defines its section beside what it configures; here they meet."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -39,15 +39,17 @@ class Config(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf_nan=
         micro = train.global_batch_rows if train.micro_batch_rows == -1 else train.micro_batch_rows
         if train.global_batch_rows % micro:
             raise ValueError(
-                f"train.micro_batch_rows={micro}: allowed a divisor of train.global_batch_rows={train.global_batch_rows}"
+                f"train.micro_batch_rows={micro}: allowed a divisor of "
+                f"train.global_batch_rows={train.global_batch_rows}"
             )
         if model.moe_every and model.group_rule == "rows" and micro % model.group_rows:
             raise ValueError(
-                f"model.group_rows={model.group_rows}: a micro-batch has {micro} rows; allowed a divisor of that"
+                f"model.group_rows={model.group_rows}: allowed a divisor of the {micro} rows of a micro-batch"
             )
         if train.validation_rows and model.group_rule == "rows" and train.validation_rows % model.group_rows:
             raise ValueError(
-                f"train.validation_rows={train.validation_rows}: allowed a multiple of model.group_rows={model.group_rows}"
+                f"train.validation_rows={train.validation_rows}: allowed a multiple of "
+                f"model.group_rows={model.group_rows}"
             )
         return self
 

@@ -9,8 +9,8 @@ from torch import Tensor
 class Batch:
     """Rows of packed examples; every tensor is `[rows, seq_len]`.
 
-    `target_tokens` are the tokens to predict (0 = padding), `input_tokens` the same shifted right with 0 at the
-    start of each example. `segment_ids` number the examples of a row from 1 (0 = padding); None says that
+    `target_tokens` are the tokens to predict (0 = padding), `input_tokens` the same shifted right with 0 at
+    the start of each example. `segment_ids` number the examples of a row from 1 (0 = padding); None says that
     no row holds more than one example, so a causal mask alone keeps examples apart.
     """
 

@@ -12,7 +12,7 @@ from openmoe.model.config import ModelConfig
 from openmoe.model.dispatch import DISPATCHERS, TokenDispatcher
 from openmoe.model.layers import Attention, FeedForward, Linear, RMSNorm, rotary_table
 from openmoe.model.moe import MoELayer, RoutingTrace, routing_trace
-from openmoe.model.router import RouterStatistics
+from openmoe.model.router import RouterStatistics, Routing, TopKRouter
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Positions:
 
 
 class Block(nn.Module):
-    """Dense (paper Eq. 3): x += Attn(norm(x)); x += FFN(norm(x)). A MoE block adds the experts beside that FFN (Eq. 4)."""
+    """Dense (paper Eq. 3): x += Attn(norm(x)); x += FFN(norm(x)). A MoE block adds experts to it (Eq. 4)."""
 
     def __init__(self, config: ModelConfig, layer: int, dispatcher: TokenDispatcher) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Block(nn.Module):
             self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ffn = FeedForward(config)
 
-    def forward(self, x: Tensor, at: Positions) -> tuple[Tensor, RouterStatistics | None, object]:
+    def forward(self, x: Tensor, at: Positions) -> tuple[Tensor, RouterStatistics | None, Routing | None]:
         x = x + self.attention(_masked(self.attention_norm(x), at), at.rotary, at.mask, at.query_mask)
         if self.moe is None:
             return x + self.ffn(_masked(self.ffn_norm(x), at)), None, None
@@ -94,7 +94,7 @@ class Decoder(nn.Module):
         statistics, traces = [], []
         for i, block in enumerate(self.layers):
             x, block_statistics, routing = block(x, at)
-            if block_statistics is not None:
+            if routing is not None:
                 statistics.append(block_statistics)
                 if trace:
                     traces.append(routing_trace(i, routing, *batch.input_tokens.shape))
@@ -116,9 +116,9 @@ class Decoder(nn.Module):
 
     def freeze_routers(self) -> None:
         """From now on the routers' weights get no gradient; tokens are still routed by them."""
-        for block in self.layers:
-            if block.moe is not None:
-                block.moe.router.weight.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, TopKRouter):
+                module.weight.requires_grad_(False)
 
     def _positions(self, batch: Batch, x: Tensor) -> Positions:
         seq_len = x.shape[1]

@@ -49,14 +49,14 @@ class _Gather(torch.autograd.Function):
         return x.index_select(0, token)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
         place, kept = ctx.saved_tensors
         by_choice = grad.index_select(0, place.flatten()).view(*place.shape, -1)
         return torch.where(kept[..., None], by_choice, 0).sum(1), None, None, None
 
 
 def einsum_dispatch(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    num_groups, _, d_model = x.shape
+    num_groups = x.shape[0]
     by_expert = F.one_hot(routing.expert_index, experts.num_experts).to(x.dtype)  # [G, T, k, E]
     slots = torch.arange(routing.capacity, device=x.device)
     by_slot = (routing.slot[..., None] == slots).to(x.dtype)  # [G, T, k, C]; all zero where dropped

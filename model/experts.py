@@ -1,5 +1,7 @@
 """The experts of one MoE layer: E feed-forwards as stacked tensors."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,24 +54,24 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 class _GroupedMM(torch.autograd.Function):
-    """One node for all experts: indexing weight[e] under autograd would write a full [E, ...] gradient each time."""
+    """One node for all experts: weight[e] under autograd would write a full [E, ...] gradient each time."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bounds: list[int]) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
         ctx.bounds = bounds
         out = x.new_empty(x.shape[0], weight.shape[1])
-        for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for e, (start, end) in enumerate(pairwise(bounds)):
             torch.mm(x[start:end], weight[e].t(), out=out[start:end])
         out[bounds[-1] :].zero_()
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
         grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-        for e, (start, end) in enumerate(zip(ctx.bounds, ctx.bounds[1:], strict=False)):
+        for e, (start, end) in enumerate(pairwise(ctx.bounds)):
             torch.mm(grad[start:end], weight[e], out=grad_x[start:end])
             torch.mm(grad[start:end].t(), x[start:end], out=grad_weight[e])
         grad_x[ctx.bounds[-1] :].zero_()

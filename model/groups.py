@@ -1,7 +1,7 @@
 """Routing groups: the unit of capacity, priority, dropping and router losses (facts 2.2, 2.3).
 
-A group made of whole rows does not depend on how the batch is laid out over devices or micro-batches; the original's
-rule does, and is kept for parity.
+A group made of whole rows does not depend on how the batch is laid out over devices or micro-batches; the
+original's rule does, and is kept for parity.
 """
 
 from dataclasses import dataclass
@@ -34,8 +34,8 @@ def routing_groups(config: ModelConfig, rows: int, seq_len: int) -> Groups:
 def _flaxformer_groups(rows: int, seq_len: int, max_group_tokens: int, min_groups: int) -> Groups:
     """The smallest number of equal groups that is a multiple of min_groups and keeps each within the maximum.
 
-    Rows are first padded until their tokens divide by min_groups. (flaxformer moe_layers, facts 2.3; min_groups =
-    expert replicas * experts, one replica here.)
+    Rows are first padded until their tokens divide by min_groups. (flaxformer moe_layers, facts 2.3;
+    min_groups = expert replicas * experts, one replica here.)
     """
     padded = seq_len
     while rows * padded % min_groups:

@@ -1,7 +1,7 @@
 """The dense layers: linear, RMSNorm, rotary attention, gated feed-forward.
 
-Parameters are kept in float32 (float64 under `fp64`) and cast to the activations' dtype where they are used, an
-explicit policy in place of autocast. Every matrix is stored `[out, in]`.
+Parameters are kept in float32 (float64 under `fp64`) and cast to the activations' dtype where they are used,
+an explicit policy in place of autocast. Every matrix is stored `[out, in]`.
 """
 
 import torch
@@ -38,7 +38,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(seq_len: int, head_dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin `[seq_len, head_dim / 2]` of position * base^(-2j/head_dim), computed wide, in the dtype of `like`."""
+    """cos and sin `[seq_len, head_dim / 2]` of position * base^(-2j/head_dim) in the dtype of `like`."""
     wide = torch.promote_types(like.dtype, torch.float32)
     exponent = torch.arange(0, head_dim, 2, device=like.device, dtype=wide) / head_dim
     angle = torch.outer(torch.arange(seq_len, device=like.device, dtype=wide), base**-exponent)
@@ -52,7 +52,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention without biases and without 1/sqrt(head_dim), which lies in q's initialiser (facts 1.4)."""
+    """Multi-head attention; no biases, and 1/sqrt(head_dim) lies in q's initialiser (facts 1.4)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -70,8 +70,8 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         query_mask: Tensor | None = None,
     ) -> Tensor:
-        """x `[rows, seq_len, d_model]`; mask bool `[rows, 1, seq_len, seq_len]`, None = causal; query_mask bool
-        `[rows, seq_len]`, False where a query sees no key and averages over all columns instead."""
+        """x `[rows, seq_len, d_model]`; mask bool `[rows, 1, seq_len, seq_len]`, None = causal; query_mask
+        bool `[rows, seq_len]`, False where a query sees no key and averages over all columns instead."""
         rows, seq_len, _ = x.shape
         q, k, v = (
             project(x).view(rows, seq_len, self.n_heads, -1).transpose(1, 2)
@@ -87,10 +87,10 @@ class Attention(nn.Module):
 def uniform_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What the original gives a query without keys: mean(v), with the gradients of a softmax at equal scores.
 
-    Its finite mask bias of -1e10 absorbs the scores s = q k^T in float32, so every column weighs 1/n; but the bias
-    was added, so gradients pass: d out / d s_j = (v_j - mean(v)) / n. The first-order term of the softmax has
-    just these, and is taken away again by value. (Fused attention can't do it: it keeps one log-sum-exp
-    a row, where -1e10 absorbs log n and the weights come back as 1 in the backward pass.)
+    Its finite mask bias of -1e10 absorbs the scores s = q k^T in float32, so every column weighs 1/n; but the
+    bias was added, so gradients pass: d out / d s_j = (v_j - mean(v)) / n. The first-order term of the
+    softmax has just these, and is taken away again by value. (Fused attention can't do it: it keeps one
+    log-sum-exp a row, where -1e10 absorbs log n and the weights come back as 1 in the backward pass.)
     """
     centred = k - k.mean(-2, keepdim=True)
     slope = q @ (centred.transpose(-1, -2) @ v.detach() / k.shape[-2])
@@ -98,14 +98,14 @@ def uniform_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def gate(wi_0: Tensor, wi_1: Tensor) -> Tensor:
-    """The gated unit on projected inputs: wi_0 `[..., n, d_ff]` with n = 1 (swiglu3) or 2 (swiglu4), wi_1 `[..., d_ff]`."""
+    """Gated unit: wi_0 `[..., n, d_ff]` with n = 1 (swiglu3) or 2 (swiglu4), wi_1 `[..., d_ff]`."""
     if wi_0.shape[-2] == 1:
         return F.silu(wi_0[..., 0, :]) * wi_1
     return wi_0[..., 0, :] * F.silu(wi_0[..., 1, :]) * wi_1
 
 
 def wi_0_shape(config: ModelConfig) -> tuple[int, ...]:
-    """`[d_ff, d_model]`, or `[2, d_ff, d_model]` for the four-matrix form (halves apart, so d_ff can be sharded)."""
+    """`[d_ff, d_model]`, or `[2, d_ff, d_model]` for swiglu4: halves apart, so that d_ff can be sharded."""
     halves = (2,) if config.ffn == "swiglu4" else ()
     return (*halves, config.d_ff, config.d_model)
 

@@ -1,9 +1,9 @@
 """Head, cross-entropy and log-partition in one function that never holds the logits.
 
-The head of a 256K vocabulary is over half of Base's FLOPs, and its logits would take 1 MiB a token in float32. Both passes
-walk the vocabulary in tiles: the forward pass keeps a running maximum and sum, the backward pass computes each tile of
-logits again and turns it into gradients in place. One GEMM more than the plain way, and on a CPU still
-faster, because a tile stays in cache.
+The head of a 256K vocabulary is over half of Base's FLOPs, and its logits would take 1 MiB a token in
+float32. Both passes walk the vocabulary in tiles: the forward pass keeps a running maximum and sum, the
+backward pass computes each tile of logits again and turns it into gradients in place. One GEMM more than the
+plain way, and on a CPU still faster, because a tile stays in cache.
 """
 
 import torch
@@ -21,9 +21,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tup
         targets: `[tokens]` int64.
 
     Returns:
-        Cross-entropy `[tokens]` in nats, log-partition `[tokens]` (its square is the z-loss, paper Eq. 9's
-        output counterpart), both differentiable and float32 or wider; and whether the best logit, the first of
-        equals, is the target's, bool `[tokens]`.
+        Cross-entropy `[tokens]` in nats and log-partition `[tokens]` (its square is the output z-loss), both
+        differentiable and float32 or wider; and whether the best logit, the first of equals, is the target's,
+        bool `[tokens]`.
     """
     return _LinearCrossEntropy.apply(hidden, weight, targets)
 
@@ -59,7 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return log_z - target_logit, log_z, correct
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor, grad_log_z: Tensor, _: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad_loss: Tensor, grad_log_z: Tensor, _: Tensor):  # type: ignore[no-untyped-def]
         hidden, weight, targets, log_z = ctx.saved_tensors
         wide = log_z.dtype
         # d loss / d logit = p - onehot(target); d log_z / d logit = p.

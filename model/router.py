@@ -28,10 +28,11 @@ class Routing:
 
 @dataclass(frozen=True)
 class RouterStatistics:
-    """Sums of one MoE layer over its groups; losses divide by the number of groups where the batch is complete."""
+    """Sums of one MoE layer over its groups; losses divide by their number once the batch is complete."""
 
     num_groups: int
-    load_balancing_sum: Tensor  # sum over groups of E * sum_e f_e P_e; 2.0 a group at perfect balance with k = 2
+    # Sum over groups of E * sum_e f_e P_e; k a group at perfect balance.
+    load_balancing_sum: Tensor
     router_z_sum: Tensor  # sum over groups of the mean of logsumexp(logits)^2
     assigned: Tensor  # [k, E] choices before dropping; detached, as all that follows
     kept: Tensor  # [k, E] choices that got a slot
@@ -51,7 +52,7 @@ class TopKRouter(nn.Module):
     def forward(
         self, x: Tensor, capacity: int, routed: Tensor | None = None
     ) -> tuple[Routing, RouterStatistics]:
-        """x `[G, T, d_model]`; routed bool `[G, T]`, None = all. Capacity counts slots per expert and group."""
+        """x `[G, T, d_model]`; routed bool `[G, T]`, None = all; capacity in slots per expert and group."""
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = F.linear(x.to(wide), self.weight.to(wide))
         probs = logits.softmax(-1)
@@ -62,7 +63,7 @@ class TopKRouter(nn.Module):
 
 
 def _top_k(probs: Tensor, k: int) -> Tensor:
-    """Indices `[..., k]` of the k largest. argmax returns the first maximum; torch.topk promises nothing on ties."""
+    """Indices `[..., k]` of the k largest, of equals the lowest first, which torch.topk does not promise."""
     chosen = []
     for _ in range(k):
         best = probs.argmax(-1, keepdim=True)
@@ -89,22 +90,20 @@ def _slots(expert_index: Tensor, num_experts: int, capacity: int, routed: Tensor
 
 
 def _statistics(routing: Routing, routed: Tensor | None) -> RouterStatistics:
-    num_groups, tokens, num_experts = routing.probs.shape
+    num_experts = routing.probs.shape[-1]
     chosen = F.one_hot(routing.expert_index, num_experts).to(routing.probs.dtype)  # [G, T, k, E]
     log_z = routing.logits.logsumexp(-1)
     entropy = log_z - (routing.probs * routing.logits).sum(-1)
-    if routed is None:
-        weight = torch.ones_like(log_z)
-    else:
-        weight = routed.to(log_z.dtype)
+    weight = torch.ones_like(log_z) if routed is None else routed.to(log_z.dtype)
     group_tokens = weight.sum(1).clamp(min=1)  # [G]
     chosen = chosen * weight[..., None, None]
-    # f_e: share of the group's tokens that have e among their k choices, before dropping; P_e: mean probability.
+    # f_e: share of the group's tokens that have e among their k choices, before dropping; P_e: mean
+    # probability.
     f = chosen.sum((1, 2)) / group_tokens[:, None]
     p = (routing.probs * weight[..., None]).sum(1) / group_tokens[:, None]
     kept = routing.kept.to(weight.dtype)
     return RouterStatistics(
-        num_groups=num_groups,
+        num_groups=len(routing.probs),
         load_balancing_sum=num_experts * (f * p).sum(),
         router_z_sum=((log_z.square() * weight).sum(1) / group_tokens).sum(),
         assigned=chosen.sum((0, 1)),

@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field
 
 
 class ParallelConfig(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf_nan=False):
-    """Degrees of the layout: replicate * shard * tensor = number of processes; experts borrow from shard * tensor."""
+    """Degrees of the layout: replicate * shard * tensor processes; experts borrow from shard * tensor."""
 
     engine: Literal["torch", "deepspeed", "xla"] = "torch"
     replicate: int = Field(1, ge=1)  # copies of the sharded model

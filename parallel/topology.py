@@ -35,8 +35,8 @@ def resolve(config: ParallelConfig, world_size: int) -> Topology:
         raise TopologyError("parallel.shard=0: allowed -1 (fill) or a number of ranks from 1")
     if world_size % rest or (config.shard != -1 and rest * config.shard != world_size):
         raise TopologyError(
-            f"parallel.replicate={config.replicate} x parallel.shard={config.shard} x parallel.tensor={config.tensor} "
-            f"does not make the {world_size} processes of this run"
+            f"parallel.replicate={config.replicate} x parallel.shard={config.shard} x "
+            f"parallel.tensor={config.tensor} does not make the {world_size} processes of this run"
         )
     topology = Topology(world_size, config.replicate, world_size // rest, config.tensor, config.expert)
     if topology.shard * topology.tensor % topology.expert:

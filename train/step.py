@@ -114,13 +114,14 @@ def train_step(
     for block in micro:
         sums = loss_sums(model, block)
         if config.loss_normalization == "global_tokens":
-            lm_divisor, blocks = max(1.0, global_loss_tokens), len(micro)
+            weight, blocks = sums.weight.new_tensor(global_loss_tokens), len(micro)
         else:  # each block stands for itself and the sum is taken, not the mean (facts 2.5)
-            lm_divisor, blocks = sums.weight.clamp(min=1), 1
+            weight, blocks = sums.weight, 1
+        weight = weight.clamp(min=1)
         groups = max(1, sum(s.num_groups for s in sums.router)) * blocks
         parts = {
-            "lm_loss": sums.lm / lm_divisor,
-            "z_loss": sums.z / lm_divisor,
+            "lm_loss": sums.lm / weight,
+            "z_loss": sums.z / weight,
             "load_balancing_loss": sum((s.load_balancing_sum for s in sums.router), sums.lm.new_zeros(()))
             / groups,
             "router_z_loss": sum((s.router_z_sum for s in sums.router), sums.lm.new_zeros(())) / groups,
@@ -139,7 +140,8 @@ def train_step(
 
 
 def weighted(parts: dict[str, Tensor], config: TrainConfig) -> Tensor:
-    """The training loss: LM + z-loss + load balancing + router z-loss (paper section 3.2 with Table 12's weights)."""
+    """The training loss: LM + z-loss + load balancing + router z-loss (paper section 3.2 with Table 12's
+    weights)."""
     return (
         parts["lm_loss"]
         + config.z_loss_weight * parts["z_loss"]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from openmoe.model.batch import Batch
 from openmoe.model.config import ModelConfig
 from openmoe.model.decoder import Decoder

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+
 from openmoe.model.decoder import Decoder
 
 from .conftest import build, rows
@@ -23,14 +24,14 @@ def reference_block(block, x, top_k: int, capacity: int):
     def rotated(v):
         half = v.shape[-1] // 2
         freq = 10000.0 ** (-torch.arange(half, dtype=v.dtype) / half)
-        turn = torch.polar(torch.ones((), dtype=v.dtype), torch.arange(v.shape[-2], dtype=v.dtype)[:, None] * freq)
+        turn = torch.polar(
+            torch.ones((), dtype=v.dtype), torch.arange(v.shape[-2], dtype=v.dtype)[:, None] * freq
+        )
         z = torch.complex(v[..., :half], v[..., half:]) * turn
         return torch.cat((z.real, z.imag), -1)
 
     a, n = block.attention, norm(block.attention_norm, x)
-    q, k, v = (
-        (n @ m.weight.t()).unflatten(-1, (a.n_heads, -1)).transpose(1, 2) for m in (a.q, a.k, a.v)
-    )
+    q, k, v = ((n @ m.weight.t()).unflatten(-1, (a.n_heads, -1)).transpose(1, 2) for m in (a.q, a.k, a.v))
     scores = rotated(q) @ rotated(k).transpose(-1, -2)
     scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), float("-inf"))
     x = x + (scores.softmax(-1) @ v).transpose(1, 2).flatten(2) @ a.o.weight.t()
@@ -54,7 +55,8 @@ def reference_block(block, x, top_k: int, capacity: int):
 
 @pytest.mark.parametrize("dispatch", ["sort", "einsum"])
 def test_paper_block(config, dispatch):
-    """The paper's block has no golden file: parallel experts and FFN on one norm, three matrices, groups of a row."""
+    """The paper's block has no golden file: parallel experts and FFN on one norm, three matrices, groups of a
+    row."""
     model = build(config.model_copy(update={"dispatch": dispatch, "capacity_factor_train": 1.0}))
     x = torch.randn(3, 24, 32, dtype=torch.float64)
     out, statistics, _ = model.layers[1](x, model._positions(rows([24, 24, 24]), x))
@@ -70,7 +72,9 @@ def test_layers_interleave(config):
     assert dense(rows([24])).router == []
 
 
-@pytest.mark.parametrize("options", [{}, {"dropless": True}, {"capacity_includes_k": True}, {"tied_head": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"dropless": True}, {"capacity_includes_k": True}, {"tied_head": True}]
+)
 def test_dispatchers_agree(config, options):
     """The sort path against the one-hot oracle, values and gradients, under every capacity rule."""
     batch = rows([24, 20, 7, 1])
@@ -114,19 +118,29 @@ def test_all_padding(config):
 
 @pytest.mark.parametrize("group_rows", [1, 2])
 def test_micro_batches_add_up(config, group_rows):
-    """Routing that reaches across groups: any split into whole groups must give the same rows and the same sums."""
+    """Routing that reaches across groups: any split into whole groups must give the same rows and the same
+    sums."""
     model = build(config.model_copy(update={"group_rows": group_rows}))
     batch = rows([24, 13, 20, 5])
     whole = model(batch)
     parts = [
-        model(replace(batch, **{n: getattr(batch, n)[i : i + 2] for n in ("input_tokens", "target_tokens", "loss_weights")}))
+        model(
+            replace(
+                batch,
+                **{
+                    n: getattr(batch, n)[i : i + 2] for n in ("input_tokens", "target_tokens", "loss_weights")
+                },
+            )
+        )
         for i in (0, 2)
     ]
     close(whole.hidden, torch.cat([p.hidden for p in parts]))
     for layer, statistics in enumerate(whole.router):
         for name in ("load_balancing_sum", "router_z_sum", "assigned", "kept", "num_groups"):
             ours = torch.as_tensor(getattr(statistics, name), dtype=torch.float64)
-            close(ours, sum(torch.as_tensor(getattr(p.router[layer], name), dtype=torch.float64) for p in parts))
+            close(
+                ours, sum(torch.as_tensor(getattr(p.router[layer], name), dtype=torch.float64) for p in parts)
+            )
 
 
 def test_rows_must_make_whole_groups(config):

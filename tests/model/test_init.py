@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+
 from openmoe.model.decoder import Decoder
 from openmoe.model.init import initial_values, initialise
-
 from tests.parity.golden import golden_files, our_name, released_config
 
 

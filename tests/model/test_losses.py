@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+
 from openmoe.model import losses
 from openmoe.model.losses import linear_cross_entropy
 
@@ -40,7 +41,8 @@ def test_equals_plain_form(vocab, monkeypatch):
 
 
 def test_first_of_equal_logits_is_the_guess():
-    """Counting every tie with the target as right: in bfloat16 ties are common and accuracy would be flattered."""
+    """Counting every tie with the target as right: in bfloat16 ties are common and accuracy would be
+    flattered."""
     hidden, weight = torch.ones(3, 2), torch.ones(5, 2)
     *_, correct = linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 4]))
     assert correct.tolist() == [True, False, False]

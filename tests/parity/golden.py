@@ -112,7 +112,8 @@ def our_name(flax_name: str, config: ModelConfig) -> str:
 
 
 def to_ours(name: str, value: np.ndarray) -> Tensor:
-    """A flax kernel `[..., in, out]` as our tensor `[..., out, in]`, wi_0 with its halves as an axis of two."""
+    """A flax kernel `[..., in, out]` as our tensor `[..., out, in]`, wi_0 with its halves as an axis of
+    two."""
     x = torch.from_numpy(np.array(value))
     if name == "embedding.weight" or x.dim() == 1:
         return x

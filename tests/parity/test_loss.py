@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from openmoe.model.losses import linear_cross_entropy
 
 from .golden import Case, converted, golden_files, load_decoder

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from openmoe.model.batch import Batch
 from openmoe.model.decoder import Decoder
 
@@ -89,7 +90,9 @@ def test_model(path, mode, dispatch):
                 ("router_z_loss", statistics.router_z_sum / statistics.num_groups),
             ):
                 if prefix + name in golden:
-                    assert abs(ours.item() - golden[prefix + name]) <= 2e-5 * max(1, abs(golden[prefix + name]))
+                    assert abs(ours.item() - golden[prefix + name]) <= 2e-5 * max(
+                        1, abs(golden[prefix + name])
+                    )
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from openmoe.optim.build import build_optimizer
 from openmoe.optim.config import AdafactorConfig
 from openmoe.optim.schedules import learning_rate
@@ -30,7 +31,8 @@ def step_arrays(case: Case, step: int) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
 def test_trajectory(path):
-    """A wrong order of loss, update, learning-rate step or micro-batch sum shows after one step or by twenty."""
+    """A wrong order of loss, update, learning-rate step or micro-batch sum shows after one step or by
+    twenty."""
     case = Case(path)
     golden = case.meta["config"]
     model = load_decoder(case, "params_step0")
@@ -51,9 +53,7 @@ def test_trajectory(path):
         size = rows // (case.meta.get("microbatches") or 1)
         lr = learning_rate(optim.schedule, entry["step"])
         assert lr == pytest.approx(entry["lr"], rel=1e-7)
-        result = train_step(
-            model, optimizer, micro_batches(arrays, size, torch.device("cpu")), 0, lr, config
-        )
+        result = train_step(model, optimizer, micro_batches(arrays, size, torch.device("cpu")), 0, lr, config)
         assert result.loss.item() == pytest.approx(entry["total_loss"], abs=5e-6), entry["step"]
         if "metric:experts/fraction_tokens_left_behind" in entry:
             layers = [s for block in result.router for s in block]
@@ -62,4 +62,6 @@ def test_trajectory(path):
         after = case.under(f"params_step{entry['step'] + 1}")
         ours = dict(model.named_parameters())
         for name, value in converted(after, model.config).items():
-            torch.testing.assert_close(ours[name].detach(), value, atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                ours[name].detach(), value, atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+            )

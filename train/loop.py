@@ -1,0 +1,138 @@
+"""The training loop: a batch, an update, a line; validation and checkpoints where they are due."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from openmoe.data.loader import Loader, StepBatch
+from openmoe.model.decoder import Decoder
+from openmoe.train.config import TrainConfig
+from openmoe.train.metrics import JsonlWriter, WandbWriter
+from openmoe.train.progress import Progress
+from openmoe.train.record import expert_load, step_metrics
+from openmoe.train.signals import StopSignals
+from openmoe.train.step import MicroBatch, micro_batches, train_step
+from openmoe.train.validation import validate
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is NaN or infinite; the message names step, phase and batch."""
+
+
+@dataclass
+class Run:
+    """Everything a run holds. `step` and `tokens_seen` are those after the last finished update."""
+
+    config: TrainConfig
+    model: Decoder
+    optimizer: torch.optim.Optimizer
+    learning_rate: Callable[[int], float]  # of the update that follows `step` earlier ones
+    loader: Loader
+    held_back: Mapping[str, Mapping[str, Sequence[MicroBatch]]]  # objective -> source -> batches
+    total_steps: int
+    save: Callable[["Run"], None]
+    save_due: Callable[[int, int, int], bool]  # (step, tokens before it, tokens_seen) -> save now?
+    utilization: Callable[[int, int, float], float]  # (positions, loss tokens, seconds) of a step -> MFU
+    jsonl: JsonlWriter
+    wandb: WandbWriter
+    progress: Progress
+    device: torch.device
+    step: int = 0
+    tokens_before: int = 0  # tokens_seen one update earlier
+    tokens_seen: int = 0
+    counters: dict[str, int] = field(default_factory=lambda: {"nonpad_tokens": 0, "loss_tokens": 0})
+
+
+def fit(run: Run) -> str | None:
+    """Train to run.total_steps. Returns the name of the signal that ended the run early, or None.
+
+    Raises NonFiniteLoss; checkpoints written before stay as they are.
+    """
+    moe_layers = run.model.config.moe_layers
+    with StopSignals() as stop:
+        for batch in _batches(run):
+            start = time.perf_counter()
+            frozen = run.config.freeze_router_at_step
+            if frozen is not None and run.step >= frozen:
+                run.model.freeze_routers()
+            rate = run.learning_rate(run.step)
+            micro = micro_batches(batch.arrays, run.config.micro_batch_rows, run.device)
+            result = train_step(run.model, run.optimizer, micro, batch.loss_tokens, rate, run.config)
+            metrics = step_metrics(result, moe_layers)
+            seconds = time.perf_counter() - start
+            run.step += 1
+            run.tokens_before, run.tokens_seen = run.tokens_seen, run.tokens_seen + batch.positions
+            _require_finite(metrics, run, batch)
+
+            line = _line(run, batch, metrics, rate, seconds) | expert_load(result, moe_layers)
+            last = run.step == run.total_steps or stop.requested is not None
+            if _validation_due(run, batch):
+                line |= validate(run.model, _held_back(run, batch))
+            run.jsonl.write(line)
+            run.wandb.write(line)
+            run.progress.update(line)
+            if last or run.save_due(run.step, run.tokens_before, run.tokens_seen):
+                run.save(run)
+            if stop.requested is not None:
+                return stop.requested
+    return None
+
+
+def _batches(run: Run) -> Iterator[StepBatch]:
+    while run.step < run.total_steps:
+        yield next(run.loader)
+
+
+def _line(
+    run: Run, batch: StepBatch, metrics: dict[str, float], rate: float, seconds: float
+) -> dict[str, Any]:
+    """The step's line of metrics.jsonl. Counts of tokens are totals of the run; shares are of this step."""
+    run.counters["nonpad_tokens"] += batch.nonpad_tokens
+    run.counters["loss_tokens"] += batch.loss_tokens
+    text_tokens = max(1, sum(batch.source_text_tokens.values()))
+    return {
+        "step": run.step,
+        "tokens_seen": run.tokens_seen,
+        **run.counters,
+        "phase": batch.phase,
+        "objective": batch.objective,
+        **metrics,
+        "learning_rate": rate,
+        **{f"share/{name}": count / text_tokens for name, count in batch.source_text_tokens.items()},
+        **{f"epoch/{name}": epochs for name, epochs in batch.source_epochs.items()},
+        "tokens_per_second": batch.positions / seconds,
+        "step_seconds": seconds,
+        "mfu": run.utilization(batch.positions, batch.loss_tokens, seconds),
+    }
+
+
+def _require_finite(metrics: Mapping[str, float], run: Run, batch: StepBatch) -> None:
+    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
+    if bad:
+        shares = ", ".join(f"{name} {count}" for name, count in batch.source_tokens.items() if count)
+        first_row = batch.step * run.config.global_batch_rows
+        raise NonFiniteLoss(
+            f"{bad[0]}={metrics[bad[0]]} at step {run.step}, phase {batch.phase} ({batch.objective}), batch "
+            f"of rows {first_row} to {first_row + run.config.global_batch_rows - 1} (tokens: {shares})"
+        )
+
+
+def _validation_due(run: Run, batch: StepBatch) -> bool:
+    """Every so often, and where a phase or the run ends."""
+    every = run.config.validate_every_steps
+    phase_ends = run.loader.curriculum.phase_at(run.step) != batch.phase
+    return phase_ends or run.step == run.total_steps or (every > 0 and run.step % every == 0)
+
+
+def _held_back(run: Run, batch: StepBatch) -> dict[str, Sequence[MicroBatch]]:
+    """Causal LM, comparable over the whole run, and the phase's own objective."""
+    objectives = dict.fromkeys(("causal_lm", batch.objective))
+    return {
+        f"{objective}/{source}": batches
+        for objective in objectives
+        for source, batches in run.held_back.get(objective, {}).items()
+    }
