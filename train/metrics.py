@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 # folder for `wandb sync`.
 WANDB_TIMEOUT_SECONDS = 60
 
-# Panels of the W&B page. Names that contain a slash bring their group along; others belong to `train`.
+# Panels of the W&B page, by the name or its first part. Other names that contain a slash bring their group
+# along (router/..., eval/...), and the rest belongs to `train`.
 WANDB_GROUPS = {
     "learning_rate": "optim",
     "grad_norm": "optim",
@@ -30,6 +31,8 @@ WANDB_GROUPS = {
     "loss_tokens": "data",
     "phase": "data",
     "objective": "data",
+    "share": "data",
+    "epoch": "data",
     "tokens_per_second": "speed",
     "step_seconds": "speed",
     "mfu": "speed",
@@ -166,6 +169,9 @@ class WandbWriter:
 
 def wandb_name(name: str) -> str:
     """`loss` -> `train/loss`, `grad_norm` -> `optim/grad_norm`, `eval/...` unchanged."""
-    if "/" in name or name in WANDB_AXES:
+    if name in WANDB_AXES:
         return name
-    return f"{WANDB_GROUPS.get(name, 'train')}/{name}"
+    group = WANDB_GROUPS.get(name.partition("/")[0])
+    if group is None and "/" in name:
+        return name
+    return f"{group or 'train'}/{name}"

@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation: what a run computes over what its device could."""
+"""What a device could compute at best: the base of the model FLOPs utilisation (MFU)."""
 
 import time
 from dataclasses import dataclass
@@ -56,14 +56,6 @@ def _measured(device: torch.device, dtype: torch.dtype) -> PeakFlops:
         best_seconds = min(best_seconds, time.perf_counter() - start)
     threads = f" on {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     return PeakFlops(2 * size**3 / best_seconds, f"measured, {_short(dtype)} matmul {size}^3{threads}")
-
-
-def model_flops_utilization(
-    tokens_per_second: float, flops_per_token: float, peak: PeakFlops, num_devices: int
-) -> float:
-    """MFU as a share of 1. `flops_per_token` are the model's, forward and backward without recomputation
-    (openmoe.model.accounting); tokens are row positions of all devices together."""
-    return tokens_per_second * flops_per_token / (peak.per_second * num_devices)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -159,6 +159,7 @@ def test_wandb_names() -> None:
     assert wandb_name("accuracy") == "train/accuracy"
     assert wandb_name("mfu") == "speed/mfu"
     assert wandb_name("eval/c4/loss") == "eval/c4/loss"
+    assert wandb_name("share/c4") == "data/share/c4"
     assert wandb_name("tokens_seen") == "tokens_seen"
 
 
