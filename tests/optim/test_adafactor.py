@@ -44,7 +44,7 @@ def run(params: dict[str, Tensor], optimizer: torch.optim.Optimizer, steps: rang
 
 
 def reference(p: Tensor, g: Tensor, state: dict, step: int, lr: float, factored: bool) -> Tensor:
-    """Adafactor on one float64 matrix, written as the equations are; which side is the row does not matter."""
+    """Adafactor on one float64 matrix, as the equations are; which side is the row does not matter."""
     beta2 = second_moment_decay(step, 0.8)
     square = g * g + 1e-30
     if factored:
