@@ -11,7 +11,8 @@ import inspect
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 from openmoe.data.errors import DataError
@@ -22,8 +23,8 @@ NAMES = ("code", "docstrings", "manual")
 # Folders of the library that hold tests, generated tables, other people's packages or the manual itself.
 _SKIPPED = frozenset(
     (
-        *("__pycache__", "__phello__", "dist-packages", "encodings", "idle_test", "idlelib", "lib2to3"),
-        *("pydoc_data", "site-packages", "test", "tests", "turtledemo"),
+        *("__pycache__", "__phello__", "dist-packages", "encodings", "idle_test", "lib2to3"),
+        *("pydoc_data", "site-packages", "test", "tests"),
     )
 )
 # Part of the cache key: raise it when the documents made below change.
@@ -44,8 +45,13 @@ def embedded_sources(names: Sequence[str] | None) -> list[RawSource]:
     digest = hashlib.sha256(f"{_FORMAT} {sys.version}".encode())
     for path in modules:
         digest.update(path.read_bytes())
-    readers = {"manual": _manual, "docstrings": _docstrings, "code": _code}
     size_bytes = sum(path.stat().st_size for path in modules)
+    library = cache(lambda: [_split_module(path) for path in modules])  # parsed once for both sources
+    readers: dict[str, Callable[[], Iterator[tuple[Split | None, str]]]] = {
+        "manual": lambda: ((None, text) for text in _manual()),
+        "docstrings": lambda: ((None, docstrings) for docstrings, _ in library()),
+        "code": lambda: ((None, code) for _, code in library()),
+    }
     return [
         RawSource(name, f"{digest.hexdigest()}-{name}", size_bytes, readers[name])
         for name in sorted(set(names or NAMES))
@@ -61,48 +67,42 @@ def _modules() -> list[Path]:
     return sorted(kept, key=lambda path: path.relative_to(library).parts)
 
 
-def _manual() -> Iterator[tuple[Split | None, str]]:
+def _manual() -> Iterator[str]:
     try:
         from pydoc_data.topics import topics
     except ImportError:
         raise DataError("this Python has no pydoc_data.topics; give data.root a folder of text") from None
     for name in sorted(topics):
-        yield None, topics[name]
+        yield topics[name]
 
 
-def _docstrings() -> Iterator[tuple[Split | None, str]]:
-    for _, tree in _parsed_modules():
-        texts = [inspect.cleandoc(str(constant.value)) for constant in _docstring_constants(tree)]
-        if texts:
-            yield None, "\n\n".join(texts) + "\n"
+def _split_module(path: Path) -> tuple[str, str]:
+    """The module's docstrings, joined, and its code without them; both empty for what is no module."""
+    try:
+        source = path.read_text(encoding="utf-8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in old modules
+            constants = _docstrings(ast.parse(source))
+    except (UnicodeDecodeError, SyntaxError):  # templates, and tests of other encodings
+        return "", ""
+    docstrings = [inspect.cleandoc(str(constant.value)) for constant in constants]
+    code = _without(source, constants)
+    return "\n\n".join(docstrings), code if code.strip() else ""
 
 
-def _code() -> Iterator[tuple[Split | None, str]]:
-    for source, tree in _parsed_modules():
-        code = _without(source, _docstring_constants(tree))
-        if code.strip():
-            yield None, code
-
-
-def _parsed_modules() -> Iterator[tuple[str, ast.Module]]:
-    for path in _modules():
-        try:
-            source = path.read_text(encoding="utf-8")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes in old modules
-                yield source, ast.parse(source)
-        except (UnicodeDecodeError, SyntaxError):
-            continue  # templates and files in other encodings are no modules
-
-
-def _docstring_constants(tree: ast.Module) -> list[ast.Constant]:
-    constants = []
-    for node in ast.walk(tree):
+def _docstrings(tree: ast.Module) -> list[ast.Constant]:
+    """The docstrings of a module, its classes and functions, in the order of the source."""
+    found = []
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
         if isinstance(node, _DOCUMENTED) and node.body and isinstance(node.body[0], ast.Expr):
             constant = node.body[0].value
             if isinstance(constant, ast.Constant) and isinstance(constant.value, str):
-                constants.append(constant)
-    return constants
+                found.append(constant)
+        # Only statements can hold functions and classes: walking expressions too takes three times as long.
+        pending += [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr)]
+    return sorted(found, key=lambda constant: constant.lineno)
 
 
 def _without(source: str, constants: Sequence[ast.Constant]) -> str:

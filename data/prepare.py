@@ -98,8 +98,8 @@ def split_documents(raw: RawSource, validation_fraction: float) -> Iterator[tupl
     """The source's documents with their split, empty ones left out.
 
     Where the source has no split of its own, a document is held back if the hash of its text falls below
-    `validation_fraction`, so adding documents moves no other. Of the first 256 at least one is held back; of
-    a source that is a single document, the end of it.
+    `validation_fraction`, so adding documents moves no other. Of the first 256 at least one is held back and
+    one is not; of a source that is a single document, the end of it.
     """
     documents = ((split, text) for split, text in raw.documents() if text)
     first = list(islice(documents, _BATCH_DOCUMENTS))
@@ -109,9 +109,9 @@ def split_documents(raw: RawSource, validation_fraction: float) -> Iterator[tupl
         cut = text.rfind("\n", 1, cut) + 1 or cut
         first = [("train", text[:cut]), ("valid", text[cut:])]
     places = [_hash_place("split", text) for _, text in first]
-    lowest = min(places, default=0.0)
+    lowest, highest = min(places, default=0.0), max(places, default=0.0)
     for (split, text), place in zip(first, places, strict=True):
-        held_back = place < validation_fraction or place == lowest
+        held_back = place == lowest or (place < validation_fraction and place != highest)
         yield split or ("valid" if held_back else "train"), text
     for split, text in documents:
         held_back = split is None and _hash_place("split", text) < validation_fraction

@@ -55,7 +55,7 @@ def folder_sources(root: str, names: Sequence[str] | None) -> list[RawSource]:
     for name in names:
         if name not in available:
             raise DataError(f"source {name!r} is not in data.root={root}; there are {', '.join(available)}")
-    return [_folder_source(folder / name) for name in sorted(names)]
+    return [_folder_source(folder / name) for name in sorted(set(names))]
 
 
 def _folder_source(folder: Path) -> RawSource:
@@ -108,7 +108,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
                 record = json.loads(line.decode("utf-8"))
                 text = record["text"]
                 text.encode("utf-8")  # a lone surrogate, written as \ud800, is no text
-            except UnicodeError as error:
+            except (UnicodeDecodeError, UnicodeEncodeError) as error:
                 raise DataError(f"{path}:{number}: not UTF-8: {error.reason}") from None
             except ValueError as error:
                 raise DataError(f"{path}:{number}: not JSON: {error}") from None

@@ -86,8 +86,11 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Text of `ids`; sentinels appear as <extra_id_N>, pad and eos as nothing."""
-        return self._decoder.decode([int(i) for i in ids])
+        """Text of `ids`; sentinels appear as <extra_id_N>, pad, eos and ids beyond the tokenizer as nothing.
+
+        A model's vocabulary is often padded, so it may produce the latter.
+        """
+        return self._decoder.decode([int(i) for i in ids if i < self.size])
 
 
 def _processor(model: bytes, origin: str) -> sentencepiece.SentencePieceProcessor:

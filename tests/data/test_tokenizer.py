@@ -1,0 +1,122 @@
+"""The tokenizer: exact round trips, sentinels at the end, clear errors."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openmoe.data.config import TokenizerConfig
+from openmoe.data.errors import DataError
+from openmoe.data.prepare import PreparedData
+from openmoe.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+ALL_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=ALL_TEXT)
+def test_every_text_comes_back(prepared: PreparedData, text: str) -> None:
+    """Catches normalisation, dropped spaces, newlines or tabs, and characters lost without byte fallback."""
+    assert prepared.tokenizer.decode(prepared.tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "  a\n\n\tb  \r\n", "▁", "a ▁ b▁▁c", "\x00", "日本語 🎉 e\u0301", "</s><pad><unk>", "<0x41>"],
+)
+def test_awkward_texts_come_back(prepared: PreparedData, text: str) -> None:
+    """Catches sentencepiece's own marks (▁, </s>, byte pieces) being taken for what they only look like."""
+    ids = prepared.tokenizer.encode(text)
+    assert prepared.tokenizer.decode(ids) == text
+    assert not {0, 1, 2} & set(ids)
+
+
+def test_text_never_becomes_a_sentinel(prepared: PreparedData) -> None:
+    """Catches user-defined pieces matching raw text: a web page about T5 would inject sentinels."""
+    tokenizer = prepared.tokenizer
+    text = "see <extra_id_0> and <extra_id_3>, <extra_id_299>"
+    ids = tokenizer.encode(text)
+    assert max(ids) < tokenizer.size - 300
+    assert tokenizer.decode(ids) == text
+
+
+def test_sentinels_are_the_last_ids_counting_down(prepared: PreparedData) -> None:
+    """Catches sentinels in front (sentencepiece's default place) or in rising order."""
+    tokenizer = prepared.tokenizer
+    assert tokenizer.first_sentinel == tokenizer.size - 1
+    assert tokenizer.decode([tokenizer.first_sentinel]) == "<extra_id_0>"
+    assert tokenizer.decode([tokenizer.size - 300]) == "<extra_id_299>"
+    assert tokenizer.decode([tokenizer.first_sentinel + 1, 10**6]) == ""
+
+
+def test_encoding_does_not_depend_on_threads(prepared: PreparedData) -> None:
+    """Catches a batch that comes back in another order, or otherwise, with threads."""
+    texts = [f"text {i} " * (i % 7) + ("▁" if i == 30 else "") for i in range(60)]
+    one = prepared.tokenizer.encode_batch(texts, threads=1)
+    assert one == prepared.tokenizer.encode_batch(texts, threads=4)
+    assert one == [prepared.tokenizer.encode(text) for text in texts]
+
+
+def test_a_saved_model_is_the_same_tokenizer(prepared: PreparedData, tmp_path: Path) -> None:
+    """Catches a second set of 300 sentinels being added to a model that has them."""
+    path = tmp_path / "m.model"
+    path.write_bytes(prepared.tokenizer.model)
+    again = load_tokenizer(str(path))
+    assert (again.size, again.sha256) == (prepared.tokenizer.size, prepared.tokenizer.sha256)
+
+
+def test_a_plain_model_gets_its_sentinels(tmp_path: Path) -> None:
+    """Catches a given tokenizer without sentinels (umT5's 256,000 pieces) using ordinary pieces as such."""
+    prefix = tmp_path / "plain"
+    (tmp_path / "text").write_text("\n".join(f"some words {i} and more" for i in range(500)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(prefix), vocab_size=400, byte_fallback=True, pad_id=0,
+        eos_id=1, unk_id=2, bos_id=-1, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    plain = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+    tokenizer = load_tokenizer(f"{prefix}.model")
+    assert tokenizer.size == plain.vocab_size() + 300
+    assert tokenizer.encode("some words 7") == plain.encode("some words 7")
+
+
+def test_training_is_deterministic() -> None:
+    """Catches a tokenizer, hence all token ids, that differs between two runs on the same text."""
+    texts = [f"word{i % 50} other{i % 31}\n\tindented {i}" for i in range(400)]
+    first, second = (train_tokenizer(texts, TokenizerConfig(vocab_size=512)) for _ in range(2))
+    assert first.sha256 == second.sha256
+
+
+def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
+    """Catches a traceback, or a process abort, for a wrong tokenizer file."""
+    path = tmp_path / "broken.model"
+    for content in (b"this is no model", b"", b"\x0a\xff\xff"):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"broken\.model is not a") as error:
+            load_tokenizer(str(path))
+        assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match="absent"):
+        load_tokenizer(str(tmp_path / "absent.model"))
+
+
+def test_a_model_with_other_special_ids_is_refused() -> None:
+    """Catches a LLaMA-type model (eos 2, no pad) silently putting its unk where padding is expected."""
+    import io
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([f"a few words {i}" for i in range(200)]), model_writer=model, vocab_size=300,
+        byte_fallback=True, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    with pytest.raises(DataError, match="pad id -1 and eos id 2"):
+        Tokenizer(model.getvalue())
+
+
+def test_too_little_text_is_one_line() -> None:
+    """Catches sentencepiece's multi-line internal error reaching the user."""
+    with pytest.raises(DataError, match="vocab_size=512") as error:
+        train_tokenizer([], TokenizerConfig(vocab_size=512))
+    assert "\n" not in str(error.value)
+    assert sys.getsizeof(str(error.value)) < 2000
