@@ -14,9 +14,7 @@ setup(
     description="Training system for OpenMoE-style mixture-of-experts language models",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[
-        f"openmoe.{name}" for name in find_packages(include=ROOMS + [f"{room}.*" for room in ROOMS])
-    ],
+    packages=[f"openmoe.{name}" for name in find_packages(include=ROOMS + [f"{room}.*" for room in ROOMS])],
     package_dir={f"openmoe.{room}": room for room in ROOMS},
     package_data={"openmoe.conf": ["**/*.yaml"]},
     # Tested ranges; requirements.txt holds the exact versions that CI installs.
