@@ -8,8 +8,8 @@ For a parameter p with gradient g at step t (0-based), per tensor, for experts p
     p -= lr * max(RMS(p), epsilon2) * u / max(1, RMS(u) / clipping_threshold)
 
 One step has three phases, each over all parameters: sums of g^2 and p^2; the new moments and the sum of
-u^2; the write. Only these sums connect the parts of a tensor, so a layout that splits tensors has to add
-them up between the phases and nothing else. No phase reads a value back to the host.
+u^2; the write. The parts of a tensor are connected by these sums and that of v_row alone, so a layout that
+splits tensors adds them up between the phases and does nothing else. No value is read back to the host.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,8 +23,7 @@ from torch import Tensor
 from openmoe.optim.config import AdafactorConfig
 from openmoe.optim.factor_rules import FactorRule
 
-# Elements worked on at a time: a CPU keeps a tile and its temporary in its cache, a GPU wants few, large
-# launches.
+# Elements worked on at a time: a CPU keeps a tile and its temporary in cache, a GPU wants few large launches.
 CPU_TILE_ELEMENTS = 3 * 2**16
 DEVICE_TILE_ELEMENTS = 2**24
 

@@ -13,8 +13,7 @@ from openmoe.optim.factor_rules import rule_for
 def build_optimizer(
     config: OptimConfig, named_parameters: Iterable[tuple[str, Tensor]]
 ) -> torch.optim.Optimizer:
-    """Optimizer over all `named_parameters`; its learning rate is set by `set_learning_rate` before each
-    step.
+    """Optimizer over all `named_parameters`; `set_learning_rate` is to be called before each step.
 
     Raises ValueError where a parameter has no factoring rule (Adafactor).
     """
