@@ -1,7 +1,7 @@
 # Every target builds the environment it needs. VENV=path chooses another folder, PYTHON=path another interpreter.
 VENV ?= .venv
 VENV_XLA ?= .venv-xla
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 ROOMS := $(filter-out tests,$(patsubst %/__init__.py,%,$(wildcard */__init__.py)))
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-input
