@@ -26,7 +26,7 @@ def run_command(task: Callable[[Config], None]) -> None:
     """Compose the configuration from sys.argv, validate it, run `task`, exit.
 
     Exit code 0 on success, 2 with one line for a configuration that can't be run, 3 with one line for
-    a failure on the way.
+    a failure on the way, 130 where Ctrl-C cut it short.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands us its errors and leaves the printing to us
 
@@ -42,6 +42,9 @@ def run_command(task: Callable[[Config], None]) -> None:
         _stop(error, 2)
     except (NonFiniteLoss, OSError) as error:  # OSError: a full disk, a file that went away
         _stop(error, 3)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except Exception:
         traceback.print_exc()
         sys.exit(3)
@@ -66,6 +69,16 @@ def to_config(composed: DictConfig) -> Config:
 def write_config(config: Config, path: Path) -> None:
     """All that was composed, as the run's own record."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump())))
+
+
+def read_config(path: Path) -> Config:
+    """The Config that `write_config` wrote; raises ConfigError."""
+    try:
+        composed = OmegaConf.load(path)
+        assert isinstance(composed, DictConfig)
+        return to_config(composed)
+    except (OSError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: {_one_line(error)}") from None
 
 
 def _stop(error: BaseException, code: int) -> None:

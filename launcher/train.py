@@ -56,9 +56,9 @@ def train(config: Config) -> None:
     # Everything that can be wrong with the input has been found; from here on files are written.
     run_dir.mkdir(parents=True, exist_ok=True)
     checkpoints = CheckpointManager(run_dir, config.checkpoint)
+    checkpoints.set_aside_newer(step)  # before their lines go: a crash in between must not leave them without
     jsonl = JsonlWriter(run_dir / "metrics.jsonl")
     jsonl.truncate_after(step)
-    checkpoints.set_aside_newer(step)
     write_config(config, run_dir / "config.yaml")
     values = config.model_dump()
     wandb = WandbWriter(
@@ -145,7 +145,7 @@ def _resume_from(config: Config, run_dir: Path) -> Path | None:
     own = resume == "auto" or (found is not None and run_dir.resolve() in found.resolve().parents)
     if used and not own:
         raise ConfigError(
-            f"run.dir={run_dir}: holds a run already; choose another folder, or checkpoint.resume=auto to go on"
+            f"run.dir={run_dir}: holds a run already; choose another, or checkpoint.resume=auto to go on"
         )
     return found
 

@@ -4,6 +4,7 @@ A group made of whole rows does not depend on how the batch is laid out over dev
 original's rule does, and is kept for parity.
 """
 
+import math
 from dataclasses import dataclass
 
 from openmoe.model.config import ModelConfig
@@ -16,18 +17,20 @@ class Groups:
     padded_seq_len: int  # rows are zero-padded to this length before they are cut into groups
 
 
-def routing_groups(config: ModelConfig, rows: int, seq_len: int) -> Groups:
+def routing_groups(config: ModelConfig, rows: int, seq_len: int, training: bool) -> Groups:
     """How `rows` rows of `seq_len` tokens are cut into groups.
 
-    Raises ValueError where group_rule is `rows` and the rows do not make whole groups.
+    Raises ValueError in training where group_rule is `rows` and the rows do not make whole groups; elsewhere
+    (a single prompt) groups are as large as divides the rows.
     """
     if config.group_rule == "rows":
-        if rows % config.group_rows:
+        group_rows = math.gcd(rows, config.group_rows)
+        if training and group_rows != config.group_rows:
             raise ValueError(
                 f"model.group_rows={config.group_rows}: {rows} rows of a micro-batch do not make whole "
                 f"routing groups; allowed: a divisor of {rows}"
             )
-        return Groups(rows // config.group_rows, config.group_rows * seq_len, seq_len)
+        return Groups(rows // group_rows, group_rows * seq_len, seq_len)
     return _flaxformer_groups(rows, seq_len, config.group_tokens, config.num_experts)
 
 

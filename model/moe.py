@@ -37,7 +37,7 @@ class MoELayer(nn.Module):
     def forward(self, x: Tensor, real: Tensor) -> tuple[Tensor, RouterStatistics, Routing]:
         """x `[rows, seq_len, d_model]`; real bool `[rows, seq_len]`, False = padding."""
         rows, seq_len, d_model = x.shape
-        groups = routing_groups(self.config, rows, seq_len)
+        groups = routing_groups(self.config, rows, seq_len, self.training)
         capacity = expert_capacity(self.config, groups.tokens_per_group, self.training)
         grouped = F.pad(x, (0, 0, 0, groups.padded_seq_len - seq_len))
         grouped = grouped.reshape(groups.num_groups, groups.tokens_per_group, d_model)

@@ -8,7 +8,8 @@ from openmoe.train.step import StepResult
 
 
 def step_metrics(result: StepResult, moe_layers: list[int]) -> dict[str, float]:
-    """Losses, accuracy, gradient norm and, per MoE layer, load, entropy and drops. One transfer from the device.
+    """Losses, accuracy, gradient norm and, per MoE layer, load, entropy and drops. One transfer from the
+    device.
 
     Per layer: `load_max_over_mean`, `load_cv` (coefficient of variation) and `dead_experts` count choices
     before dropping; `entropy` is the mean of the router's distribution in nats; `dropped_first` and so on the
