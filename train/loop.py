@@ -69,16 +69,16 @@ def fit(run: Run) -> str | None:
             _require_finite(metrics, run, batch)
 
             line = _line(run, batch, metrics, rate, seconds) | expert_load(result, moe_layers)
-            last = run.step == run.total_steps or stop.requested is not None
             if _validation_due(run, batch):
                 line |= validate(run.model, _held_back(run, batch))
             run.jsonl.write(line)
             run.wandb.write(line)
             run.progress.update(line)
-            if last or run.save_due(run.step, run.tokens_before, run.tokens_seen):
+            due = run.save_due(run.step, run.tokens_before, run.tokens_seen)
+            if due or run.step == run.total_steps or stop.requested is not None:
                 run.save(run)
-            if stop.requested is not None:
-                return stop.requested
+                if stop.requested is not None:  # a signal that came after the save waits for the next one
+                    return stop.requested
     return None
 
 
