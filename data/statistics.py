@@ -2,8 +2,6 @@
 
 import numpy as np
 
-from openmoe.data.prepare import PreparedData
-
 
 def unigram_entropy(tokens: np.ndarray) -> float:
     """Entropy of the tokens' own frequencies: the best loss on this very text without any context."""
@@ -34,22 +32,3 @@ def bigram_cross_entropy(train_tokens: np.ndarray, tokens: np.ndarray, vocab_siz
     backoff = np.maximum(followers[before], 1)
     probabilities = (counts + backoff * unigram[after]) / (seen[before] + backoff)
     return float(-np.log(probabilities).mean())
-
-
-def text_entropies(prepared: PreparedData) -> dict[str, dict[str, float]]:
-    """`{"unigram": .., "bigram": ..}` of the held-back text of each source, and of all of it under "all".
-
-    The unigram figure is that of the held-back text itself; the bigram model is counted on the source's
-    training text.
-    """
-    train = {name: source.splits["train"].tokens for name, source in prepared.sources.items()}
-    held_back = {name: source.splits["valid"].tokens for name, source in prepared.sources.items()}
-    train["all"] = np.concatenate(list(train.values()))
-    held_back["all"] = np.concatenate(list(held_back.values()))
-    return {
-        name: {
-            "unigram": unigram_entropy(tokens),
-            "bigram": bigram_cross_entropy(train[name], tokens, prepared.tokenizer.size),
-        }
-        for name, tokens in held_back.items()
-    }

@@ -4,6 +4,7 @@ Sizes, rounding and the form of the masks equal T5's `random_spans_*` functions 
 random bits are ours. Facts 5.3.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -53,6 +54,7 @@ def random_spans_helper(inputs_length: int, mean_span: float, density: float) ->
     return tokens, targets_length
 
 
+@lru_cache(maxsize=1024)
 def noise_counts(length: int, mean_span: float, density: float) -> tuple[int, int]:
     """How many of `length` tokens are noise, and in how many spans: fixed, only their places are random.
 

@@ -55,6 +55,7 @@ def test_an_epoch_holds_every_document_once(join_eos: bool) -> None:
     total = sum(lengths) + join_eos * len(lengths)
     assert source.epoch_tokens(join_eos) == total
     tokens = source.read(START, total, join_eos)
+    assert (tokens != source.read(Position(1, 0, 0), total, join_eos)).mean() > 0.9
     assert source.skip(START, total, join_eos) == Position(1, 0, 0)
     assert sorted(tokens[tokens != 1].tolist()) == sorted(shard(lengths).tokens.tolist())
     assert (tokens == 1).sum() == join_eos * len(lengths)
@@ -84,6 +85,12 @@ def test_a_switch_of_joining_keeps_the_place() -> None:
     for cut in range(1, 13):
         after = source.read(source.skip(START, cut, False), 14, True)
         np.testing.assert_array_equal(after[after != 1], text[cut : cut + (after != 1).sum()])
+    joined = source.read(START, 24, True)
+    for cut in range(1, 15):
+        # An EOS not yet read is left out, and nothing else is.
+        used = (joined[:cut] != 1).sum()
+        after = source.read(source.skip(START, cut, True), 9, False)
+        np.testing.assert_array_equal(after, text[used : used + 9])
 
 
 def test_long_documents_give_one_aligned_chunk_an_epoch() -> None:

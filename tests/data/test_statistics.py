@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from openmoe.data.prepare import PreparedData
-from openmoe.data.statistics import bigram_cross_entropy, text_entropies, unigram_entropy
+from openmoe.data.statistics import bigram_cross_entropy, unigram_entropy
 
 
 def test_unigram_entropy_of_known_frequencies() -> None:
@@ -24,10 +23,3 @@ def test_bigram_figures() -> None:
     for before in range(5):
         total = sum(np.exp(-bigram_cross_entropy(train, np.array([before, after]), 5)) for after in range(5))
         assert total == pytest.approx(1)
-
-
-def test_every_source_has_its_figures(prepared: PreparedData) -> None:
-    """Catches a source left out of the demo's table."""
-    figures = text_entropies(prepared)
-    assert set(figures) == {"short", "middle", "long", "all"}
-    assert all(0 < f["unigram"] < 10 and 0 < f["bigram"] < 12 for f in figures.values())
