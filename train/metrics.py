@@ -50,11 +50,13 @@ class JsonlWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
+        self._file = path.open("ab")
 
     def write(self, metrics: Mapping[str, Any]) -> None:
+        """Raises OSError where the line does not fit on the disk."""
         line = json.dumps({name: _json_value(value) for name, value in metrics.items()}, allow_nan=False)
         self._file.write(line.encode() + b"\n")
+        self._file.flush()
 
     def sync(self) -> None:
         os.fsync(self._file.fileno())

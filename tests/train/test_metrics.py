@@ -49,6 +49,21 @@ def test_a_line_is_there_when_the_process_is_killed(tmp_path: Path) -> None:
     assert read_lines(path) == [{"step": 1}]
 
 
+def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
+    """Bug: the system takes part of a line, says how much, and nobody looks: the record is torn in its middle."""
+    program = (
+        "import resource, signal, sys; from pathlib import Path; from openmoe.train.metrics import JsonlWriter\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "writer = JsonlWriter(Path(sys.argv[1]))\n"
+        "for step in (1, 2): writer.write({'step': step, 'text': 50 * 'x'})"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "metrics.jsonl"], capture_output=True, text=True
+    )
+    assert run.returncode != 0
+    assert "OSError" in run.stderr
+
+
 @pytest.mark.parametrize("tail", [b"", b'{"step": 9, "lo', b'{"step": 3}', b"\0\0\0\n", b'{"step": 1'])
 @pytest.mark.parametrize("keep", [0, 1, 4, 7, 99])
 def test_truncation_keeps_just_the_steps_before(tmp_path: Path, tail: bytes, keep: int) -> None:
