@@ -50,10 +50,12 @@ def test_a_line_is_there_when_the_process_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
-    """Bug: the system takes part of a line, says how much, and nobody looks: the record is torn in its middle."""
+    """Bug: the system takes part of a line, says how much, and nobody looks: a record torn in its middle."""
     program = (
-        "import resource, signal, sys; from pathlib import Path; from openmoe.train.metrics import JsonlWriter\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from openmoe.train.metrics import JsonlWriter\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
         "writer = JsonlWriter(Path(sys.argv[1]))\n"
         "for step in (1, 2): writer.write({'step': step, 'text': 50 * 'x'})"
     )
