@@ -66,7 +66,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 def test_two_runs_of_one_config_are_equal(
     small: Small, commands: Commands, undisturbed: Lines, tmp_path: Path
 ) -> None:
-    """Bug: a seed that isn't set, an unordered set or a hash of the process in the data order or the weights."""
+    """Bug: a seed that isn't set, an unordered set or a salted hash in the data order or the weights."""
     code, stderr = commands.run(*small(tmp_path / "run"))
     assert code == 0, stderr
     assert lines(tmp_path / "run") == undisturbed
@@ -82,9 +82,7 @@ def test_another_seed_is_another_run(
     assert lines(tmp_path / "run")[0]["loss"] != undisturbed[0]["loss"]
 
 
-def test_two_threads_of_arithmetic_repeat_themselves(
-    small: Small, commands: Commands, tmp_path: Path
-) -> None:
+def test_arithmetic_on_two_threads_repeats_itself(small: Small, commands: Commands, tmp_path: Path) -> None:
     """Bug: a sum whose order depends on which thread comes first (scatter-add), seen only with several."""
     wide = ("model.d_model=128", "model.d_ff=256", "train.seq_len=128", "train.steps=4")
     for name in ("first", "second"):
@@ -125,8 +123,8 @@ def test_two_threads_of_arithmetic_repeat_themselves(
 def test_killed_at_any_place_and_resumed(
     kills: list[str], small: Small, commands: Commands, undisturbed: Lines, tmp_path: Path
 ) -> None:
-    """Bug: state that no checkpoint holds (place in the data, mix, optimizer, counters), lines lost or doubled,
-    half a checkpoint taken for a whole one."""
+    """Bug: state that no checkpoint holds (place in the data, mix, optimizer, counters), lines lost or
+    doubled, half a checkpoint taken for a whole one."""
     arguments = small(
         tmp_path / "run", "checkpoint.resume=auto", "checkpoint.every_steps=1", "checkpoint.keep=2"
     )
@@ -148,16 +146,19 @@ def test_killed_at_random_moments_and_while_writing(
     draw = random.Random()
     run_dir = tmp_path / "run"
     arguments = small(run_dir, "checkpoint.resume=auto", "checkpoint.every_steps=1", "data.workers=2")
-    for kill in range(6):
-        command = commands.start(*arguments)
-        start, pause = step_in(run_dir), draw.uniform(0, 0.1)
-        if kill % 2:
+
+    def kill_later(while_writing: bool) -> None:
+        start, command = step_in(run_dir), commands.start(*arguments)
+        if while_writing:
             wait_for(lambda: any((run_dir / "checkpoints").glob("*.partial")) or command.exited)
         else:
-            wait_for(lambda start=start: step_in(run_dir) > start or command.exited)
-            command.sleep(pause)
+            wait_for(lambda: step_in(run_dir) > start or command.exited)
+            command.sleep(draw.uniform(0, 0.1))
         command.kill(signal.SIGKILL)
         command.wait()
+
+    for kill in range(6):
+        kill_later(while_writing=kill % 2 == 1)
     code, stderr = commands.run(*arguments)
     assert code == 0, stderr
     assert lines(run_dir) == undisturbed
@@ -176,9 +177,10 @@ def test_resume_in_every_precision(
         "train.steps=8",
     )
     run(small(tmp_path / "whole", *more))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         interrupt_after(patch, 4)  # dies in step 5; step 3 is saved
-        run(small(tmp_path / "cut", *more))
+        with pytest.raises(KeyboardInterrupt):
+            run(small(tmp_path / "cut", *more))
     run(small(tmp_path / "cut", *more, "checkpoint.resume=auto"))
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
     assert steps_of(lines(tmp_path / "cut")) == list(range(1, 9))
@@ -292,7 +294,7 @@ def test_ctrl_c_while_the_data_are_prepared(small: Small, commands: Commands, tm
 
 
 def test_the_wandb_run_goes_on_after_a_resume(small: Small, commands: Commands, tmp_path: Path) -> None:
-    """Bug: each resume opens a new page; Ctrl-C, which a terminal sends to W&B's process too, loses the page."""
+    """Bug: each resume opens a new page; Ctrl-C, which a terminal sends to W&B's process too, loses it."""
     run_dir = tmp_path / "run"
     arguments = small(run_dir, "logging.wandb=offline", "checkpoint.resume=auto")
     slow = wrap("openmoe.train.loop.train_step", "time.sleep(0.05)\nreturn call()")
