@@ -100,8 +100,9 @@ def uniform_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def gate(wi_0: Tensor, wi_1: Tensor) -> Tensor:
     """Gated unit: wi_0 `[..., n, d_ff]` with n = 1 (swiglu3) or 2 (swiglu4), wi_1 `[..., d_ff]`."""
     if wi_0.shape[-2] == 1:
-        return F.silu(wi_0[..., 0, :]) * wi_1
-    return wi_0[..., 0, :] * F.silu(wi_0[..., 1, :]) * wi_1
+        return F.silu(wi_0.squeeze(-2)) * wi_1
+    a, b = wi_0.unbind(-2)
+    return a * F.silu(b) * wi_1
 
 
 def wi_0_shape(config: ModelConfig) -> tuple[int, ...]:
