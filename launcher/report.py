@@ -16,7 +16,7 @@ from openmoe.launcher.entry import read_config, run_command
 from openmoe.launcher.errors import ConfigError
 from openmoe.launcher.figure import draw
 from openmoe.launcher.schema import Config
-from openmoe.launcher.train import build_loader, source_names
+from openmoe.launcher.train import build_loader, model_identity, source_names
 from openmoe.model.decoder import Decoder
 from openmoe.model.sampling import continue_tokens
 from openmoe.parallel.build import build_decoder
@@ -128,7 +128,7 @@ def print_samples(config: Config, data: PreparedData, run_dir: Path) -> None:
 def load_model(config: Config, checkpoint: Path) -> Decoder:
     """The model of a checkpoint on the CPU, without optimizer."""
     model = build_decoder(config.model, config.train.precision, torch.device("cpu"), config.run.seed)
-    load_checkpoint(checkpoint, model_tensors(model), config.model.model_dump())
+    load_checkpoint(checkpoint, model_tensors(model), model_identity(config))
     return model
 
 

@@ -4,6 +4,7 @@ import os
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,7 +48,7 @@ def train(config: Config) -> None:
     counters, wandb_run_id = {"nonpad_tokens": 0, "loss_tokens": 0}, None
     if resume_from is not None:
         tensors = training_tensors(model, optimizer)
-        manifest = load_checkpoint(resume_from, tensors, config.model.model_dump())
+        manifest = load_checkpoint(resume_from, tensors, model_identity(config))
         step, tokens_seen = manifest.step, manifest.tokens_seen
         restore_counters(optimizer, tensors, step)
         loader.load_state_dict(manifest.metadata["data"])
@@ -60,9 +61,13 @@ def train(config: Config) -> None:
     jsonl = JsonlWriter(run_dir / "metrics.jsonl")
     jsonl.truncate_after(step)
     write_config(config, run_dir / "config.yaml")
-    values = config.model_dump()
     wandb = WandbWriter(
-        config.logging.wandb, run_dir, wandb_run_id, values, project=config.logging.project, name=run_dir.name
+        config.logging.wandb,
+        run_dir,
+        wandb_run_id,
+        config.model_dump(),
+        project=config.logging.project,
+        name=run_dir.name,
     )
     peak = peak_flops(device, DTYPES[config.train.precision][1])
     flops = count_flops(config.model, config.train.seq_len)
@@ -74,7 +79,7 @@ def train(config: Config) -> None:
         loader=loader,
         held_back=_held_back(config, loader, device),
         total_steps=total_steps,
-        save=partial(_save, checkpoints, values),
+        save=partial(_save, checkpoints, config),
         save_due=checkpoints.is_due,
         utilization=lambda positions, loss_tokens, seconds: (
             flops.of_step(positions, loss_tokens) / seconds / peak.per_second
@@ -169,20 +174,25 @@ def _held_back(
     }
 
 
-def _save(checkpoints: CheckpointManager, values: dict, run: Run) -> None:
+def model_identity(config: Config) -> dict[str, Any]:
+    """What a checkpoint's model must agree in: all but how the same sum is computed."""
+    return config.model.model_dump(exclude={"dispatch"})
+
+
+def _save(checkpoints: CheckpointManager, config: Config, run: Run) -> None:
     run.jsonl.sync()  # the checkpoint's own line must be there after a crash
     checkpoints.save(
         training_tensors(run.model, run.optimizer),
         step=run.step,
         tokens_seen=run.tokens_seen,
         milestone=checkpoints.is_milestone(run.tokens_before, run.tokens_seen),
-        model=values["model"],
+        model=model_identity(config),
         metadata={
             "phase": run.loader.curriculum.phase_at(run.step),
             "data": run.loader.state_dict(),
             "counters": run.counters,
             "wandb_run_id": run.wandb.run_id,
-            "config": values,
+            "config": config.model_dump(),
         },
     )
 
