@@ -1,6 +1,7 @@
 """The smallest run that has everything: two sources, a switch, experts, checkpoints, validation."""
 
 import json
+import logging
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -105,6 +106,7 @@ def undisturbed(
 def _like_the_commands() -> Iterator[None]:
     """As in the commands: sums over another number of threads may round differently, and small runs are
     faster. The peak isn't measured, which takes half a second."""
+    logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)  # a page for each checkpoint
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
