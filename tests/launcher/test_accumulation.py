@@ -18,7 +18,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_micro_batches_change_nothing(variant: str, small: Small, tmp_path: Path) -> None:
-    """Bug: a loss divided by the tokens of its micro-batch, router losses counted once per micro-batch, groups
+    """Bug: a loss divided by the tokens of its micro-batch, router losses counted per micro-batch, groups
     or capacity that depend on the micro-batch, validation cut another way."""
     runs = {}
     for micro in (-1, 1, 2):
