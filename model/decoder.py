@@ -97,7 +97,7 @@ class Decoder(nn.Module):
             if routing is not None:
                 statistics.append(block_statistics)
                 if trace:
-                    traces.append(routing_trace(i, routing, *batch.input_tokens.shape))
+                    traces.append(routing_trace(i, routing, batch))
         hidden = _masked(self.final_norm(x), at)
         if self.head is None:
             # Embeddings have unit variance; without the factor logits would grow with d_model.

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openmoe.model.batch import Batch
 from openmoe.model.config import ModelConfig
 from openmoe.model.dispatch import TokenDispatcher
 from openmoe.model.experts import Experts
@@ -18,6 +19,9 @@ class RoutingTrace:
     """What one MoE layer did with each token of a batch; read by the routing analysis."""
 
     layer: int
+    token_ids: Tensor  # [rows, seq_len], the tokens that went in
+    positions: Tensor  # [rows, seq_len], column in the row
+    source_ids: Tensor | None  # [rows, seq_len], -1 = padding; None where the batch does not say
     expert_index: Tensor  # [rows, seq_len, k] int64, best first
     probs: Tensor  # [rows, seq_len, k], the gates
     kept: Tensor  # [rows, seq_len, k] bool
@@ -50,16 +54,21 @@ class MoELayer(nn.Module):
         return y, statistics, routing
 
 
-def routing_trace(layer: int, routing: Routing, rows: int, seq_len: int) -> RoutingTrace:
+def routing_trace(layer: int, routing: Routing, batch: Batch) -> RoutingTrace:
     """The routing of MoE layer `layer` in the shape of the batch, without the padding of groups."""
+    tokens = batch.input_tokens
+    rows, seq_len = tokens.shape
 
     def by_row(x: Tensor) -> Tensor:
         return x.detach().reshape(rows, -1, x.shape[-1])[:, :seq_len]
 
     return RoutingTrace(
-        layer,
-        by_row(routing.expert_index),
-        by_row(routing.gate),
-        by_row(routing.kept.to(torch.uint8)).bool(),
-        by_row(routing.logits),
+        layer=layer,
+        token_ids=tokens,
+        positions=torch.arange(seq_len, device=tokens.device).expand_as(tokens),
+        source_ids=batch.source_ids,
+        expert_index=by_row(routing.expert_index),
+        probs=by_row(routing.gate),
+        kept=by_row(routing.kept),
+        logits=by_row(routing.logits),
     )

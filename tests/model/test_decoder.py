@@ -194,6 +194,8 @@ def test_routing_trace(config):
         assert trace.expert_index.shape == trace.probs.shape == trace.kept.shape == (4, 24, 2)
         assert not trace.kept[~real].any()
         assert trace.kept.sum() == statistics.kept.sum()
+        assert torch.equal(trace.token_ids, batch.input_tokens)
+        assert trace.positions[2].tolist() == list(range(24))
         probs = trace.logits.softmax(-1).gather(-1, trace.expert_index)
         close(probs, trace.probs)
 
