@@ -112,6 +112,17 @@ def test_held_back_documents_stay_when_others_are_added(tmp_path: Path) -> None:
     assert 0.1 < len(splits[1]) / 300 < 0.3
 
 
+def test_the_tokenizer_sees_a_sample_of_the_training_text(tmp_path: Path) -> None:
+    """Catches one hash for both choices: a sample smaller than the held-back share would be empty."""
+    write_source(tmp_path / "root" / "a", made_up_documents(8, 200, 60))
+    size = (tmp_path / "root" / "a" / "part.jsonl").stat().st_size
+    sample = TokenizerConfig(vocab_size=512, sample_bytes_per_source=size // 4)
+    prepared = prepare(
+        settings(tmp_path / "root", tmp_path / "cache", tokenizer=sample, validation_fraction=0.5)
+    )
+    assert prepared.tokenizer.size > 556
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_few_documents_leave_text_on_both_sides(tmp_path: Path, count: int) -> None:
     """Catches a source without held-back or without training text where the hashes happen to agree."""
