@@ -1,5 +1,7 @@
 """What a user reads when a run can't start or go on, and with which exit code."""
 
+from typing import get_args
+
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -16,27 +18,56 @@ def describe(error: ValidationError, schema: type[BaseModel]) -> str:
 
 
 def _fault(fault: ErrorDetails, schema: type[BaseModel]) -> str:
-    key = ".".join(str(part) for part in fault["loc"])
+    key, section = _place(fault["loc"], schema)
+    context = fault.get("ctx", {})
+    if fault["type"] == "union_tag_invalid":
+        return f"{key}.name={_shown(context['tag'])}: allowed {context['expected_tags']}"
+    if fault["type"] == "union_tag_not_found":
+        return f"{key}.name: missing"
     if fault["type"] == "missing":
         return f"{key}: missing"
     if fault["type"] == "extra_forbidden":
-        return f"{key}: unknown key; allowed here: {', '.join(_siblings(fault['loc'], schema))}"
+        allowed = ", ".join(section.model_fields) if section else "the keys that --cfg job prints"
+        return f"{key}: unknown key; allowed here: {allowed}"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error" and isinstance(fault["input"], dict):
         return f"{key}: {message}" if key else message  # a check over several keys names them itself
-    shown = repr(fault["input"])
-    return f"{key}={shown if len(shown) <= 80 else shown[:77] + '...'}: {message[0].lower()}{message[1:]}"
+    return f"{key}={_shown(fault['input'])}: {message[0].lower()}{message[1:]}"
 
 
-def _siblings(loc: tuple[int | str, ...], schema: type[BaseModel]) -> list[str]:
-    """Field names of the section that holds the last part of `loc`."""
-    for part in loc[:-1]:
-        field = schema.model_fields.get(str(part))
-        if (
-            field is None
-            or not isinstance(field.annotation, type)
-            or not issubclass(field.annotation, BaseModel)
-        ):
-            return ["the keys that --cfg job prints"]
-        schema = field.annotation
-    return list(schema.model_fields)
+def _place(loc: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:
+    """The key as a user writes it, and the section that holds it. pydantic's `loc` also has the tag of the
+    chosen alternative after a section that has several, and "[key]" after a bad key of a mapping."""
+    key, holder = "", None
+    section: type[BaseModel] | None = schema
+    alternatives: dict[int | str, type[BaseModel]] = {}
+    for part in loc:
+        if part in alternatives:
+            section, alternatives = alternatives[part], {}
+        elif isinstance(part, int):
+            key += f"[{part}]"
+        elif part != "[key]":
+            key += f"{'.' if key else ''}{_name(part)}"
+            holder = section
+            field = section.model_fields.get(part) if section else None
+            models = _models(field.annotation) if field else []
+            section = models[0] if len(models) == 1 else None
+            if len(models) > 1:
+                alternatives = {get_args(model.model_fields["name"].annotation)[0]: model for model in models}
+    return key, holder
+
+
+def _models(annotation: object) -> list[type[BaseModel]]:
+    """The sections that a field of this type can hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def _name(part: str) -> str:
+    return part if part.replace("_", "").isalnum() and len(part) <= 80 else _shown(part)
+
+
+def _shown(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
