@@ -12,12 +12,13 @@ from pydantic import BaseModel, Field, model_validator
 class ModelConfig(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf_nan=False):
     """Shape and routing of a decoder. Sizes: paper Table 11."""
 
-    vocab_size: int = Field(gt=0)  # rows of the embedding and of the head
-    d_model: int = Field(gt=0)
-    n_layers: int = Field(gt=0)
-    n_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)  # n_heads * head_dim need not equal d_model (8B: 3072 over 2048)
-    d_ff: int = Field(gt=0)  # width of the dense FFN, of the residual FFN and of each expert
+    # The upper bounds of sizes catch slips of the keyboard before they become an allocation.
+    vocab_size: int = Field(gt=0, le=2**24)  # rows of the embedding and of the head
+    d_model: int = Field(gt=0, le=2**17)
+    n_layers: int = Field(gt=0, le=1024)
+    n_heads: int = Field(gt=0, le=1024)
+    head_dim: int = Field(gt=0, le=4096)  # n_heads * head_dim need not equal d_model (8B: 3072 over 2048)
+    d_ff: int = Field(gt=0, le=2**20)  # width of the dense FFN, of the residual FFN and of each expert
 
     # swiglu3: wo(silu(wi_0 x) * wi_1 x), the paper. swiglu4: wo(a * silu(b) * wi_1 x) with [a; b] = wi_0 x,
     # the released code, where a complete GLU was plugged in as the activation of a gated MLP.
@@ -37,18 +38,18 @@ class ModelConfig(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf
     mask_padding: bool = False
 
     moe_every: int = Field(0, ge=0)  # layers i with (i + 1) % moe_every == 0 are MoE layers; 0: dense model
-    num_experts: int = Field(1, gt=0)
+    num_experts: int = Field(1, gt=0, le=2**16)
     top_k: int = Field(1, gt=0)
     # Routing groups: capacity, priority, dropping and router losses are computed per group.
     # rows: group_rows consecutive rows. flaxformer: at most group_tokens tokens and at least num_experts
     # groups, the original's rule, which depends on the batch size.
     group_rule: Literal["rows", "flaxformer"] = "rows"
     group_rows: int = Field(1, gt=0)
-    group_tokens: int = Field(4096, gt=0)  # flaxformer only
+    group_tokens: int = Field(4096, gt=0, lt=2**31)  # flaxformer only
     capacity_factor_train: float = Field(1.25, gt=0)
     capacity_factor_eval: float = Field(2.0, gt=0)
     capacity_includes_k: bool = False  # True: capacity = factor * top_k * tokens / experts
-    min_capacity: int = Field(4, gt=0)
+    min_capacity: int = Field(4, gt=0, lt=2**31)
     dropless: bool = False
     route_padding: bool = False  # True: padding takes expert slots and counts in the router losses
     # sort: contiguous GEMMs over the kept rows. einsum: one-hot masks with static shapes, for XLA.

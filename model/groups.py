@@ -59,4 +59,5 @@ def expert_capacity(config: ModelConfig, tokens_per_group: int, training: bool) 
         return tokens_per_group
     factor = config.capacity_factor_train if training else config.capacity_factor_eval
     demand = tokens_per_group * (config.top_k if config.capacity_includes_k else 1)
-    return max(config.min_capacity, round(factor * demand / config.num_experts))
+    slots = min(factor * demand / config.num_experts, tokens_per_group)  # an expert gets a token at most once
+    return max(config.min_capacity, round(slots))

@@ -76,7 +76,7 @@ class AdafactorConfig(OptimSection):
     # Added to the squared gradient.
     epsilon1: float = Field(default=1e-30, gt=0)
     # Smallest RMS of a parameter that scales its step.
-    epsilon2: float = Field(default=1e-3, gt=0)
+    epsilon2: float = Field(default=1e-3, gt=0, le=1e30)
     # Largest RMS of an update before the learning rate, per tensor (per expert).
     clipping_threshold: float = Field(default=1.0, gt=0)
     # A matrix keeps a full second moment where its smaller side is below this (experts: never).
