@@ -20,7 +20,7 @@ from openmoe.train.validation import validate
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss is NaN or infinite; the message names step, phase and batch."""
+    """The loss, its gradient or the model is NaN or infinite; the message names step, phase and batch."""
 
 
 @dataclass
@@ -66,7 +66,7 @@ def fit(run: Run) -> str | None:
             seconds = time.perf_counter() - start
             run.step += 1
             run.tokens_before, run.tokens_seen = run.tokens_seen, run.tokens_seen + batch.positions
-            _require_finite(metrics, run, batch)
+            _require_finite({name: metrics[name] for name in ("loss", "grad_norm")}, run, batch)
 
             line = _line(run, batch, metrics, rate, seconds) | expert_load(result, moe_layers)
             if _validation_due(run, batch):
@@ -76,6 +76,7 @@ def fit(run: Run) -> str | None:
             run.progress.update(line)
             due = run.save_due(run.step, run.tokens_before, run.tokens_seen)
             if due or run.step == run.total_steps or stop.requested is not None:
+                _require_finite({"norm of the parameters": _parameter_norm(run.model)}, run, batch)
                 run.save(run)
                 if stop.requested is not None:  # a signal that came after the save waits for the next one
                     return stop.requested
@@ -110,13 +111,18 @@ def _line(
     }
 
 
-def _require_finite(metrics: Mapping[str, float], run: Run, batch: StepBatch) -> None:
-    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
+def _parameter_norm(model: Decoder) -> float:
+    """Not finite where an update has ruined the model: then it must not become the newest checkpoint."""
+    return torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()]).item()
+
+
+def _require_finite(values: Mapping[str, float], run: Run, batch: StepBatch) -> None:
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
         shares = ", ".join(f"{name} {count}" for name, count in batch.source_tokens.items() if count)
         first_row = batch.step * run.config.global_batch_rows
         raise NonFiniteLoss(
-            f"{bad[0]}={metrics[bad[0]]} at step {run.step}, phase {batch.phase} ({batch.objective}), batch "
+            f"{bad[0]}={values[bad[0]]} at step {run.step}, phase {batch.phase} ({batch.objective}), batch "
             f"of rows {first_row} to {first_row + run.config.global_batch_rows - 1} (tokens: {shares})"
         )
 
