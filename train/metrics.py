@@ -55,7 +55,9 @@ class JsonlWriter:
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Raises OSError where the line does not fit on the disk."""
         line = json.dumps({name: _json_value(value) for name, value in metrics.items()}, allow_nan=False)
-        self._file.write(line.encode() + b"\n")
+        rest = line.encode() + b"\n"
+        while rest:  # a disk that fills up takes a part first and complains about the rest
+            rest = rest[self._file.write(rest) :]
         self._file.flush()
 
     def sync(self) -> None:
