@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hydra
+import torch
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -45,7 +46,9 @@ def run_command(task: Callable[[Config], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except Exception:
+    except Exception as error:
+        if _out_of_memory(error):
+            _stop(error, 3)
         traceback.print_exc()
         sys.exit(3)
 
@@ -79,6 +82,11 @@ def read_config(path: Path) -> Config:
         return to_config(composed)
     except (OSError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: {_one_line(error)}") from None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """numpy raises MemoryError, a CUDA device OutOfMemoryError, the CPU a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _stop(error: BaseException, code: int) -> None:
