@@ -103,7 +103,10 @@ def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
     if resume == "auto":
         return latest(run_dir / FOLDER)
     path = Path(resume)
-    found = path if (path / MANIFEST_NAME).is_file() else latest(path / FOLDER) or latest(path)
+    try:
+        found = path if (path / MANIFEST_NAME).is_file() else latest(path / FOLDER) or latest(path)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint.resume={resume}: can't be read: {error.strerror}") from None
     if found is None or found.name.endswith(PARTIAL):
         raise CheckpointError(
             f"checkpoint.resume={resume}: no checkpoint there; allowed: none, auto, "

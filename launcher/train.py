@@ -1,5 +1,6 @@
 """Train: `python -m openmoe.launcher.train experiment=NAME [key=value ...]`, or `openmoe-train`."""
 
+import errno
 import os
 import time
 from functools import partial
@@ -55,7 +56,7 @@ def train(config: Config) -> None:
         counters, wandb_run_id = manifest.metadata["counters"], manifest.metadata["wandb_run_id"]
 
     # Everything that can be wrong with the input has been found; from here on files are written.
-    run_dir.mkdir(parents=True, exist_ok=True)
+    _make_run_dir(run_dir)
     checkpoints = CheckpointManager(run_dir, config.checkpoint)
     checkpoints.set_aside_newer(step)  # before their lines go: a crash in between must not leave them without
     jsonl = JsonlWriter(run_dir / "metrics.jsonl")
@@ -146,13 +147,25 @@ def _resume_from(config: Config, run_dir: Path) -> Path | None:
     """The checkpoint to go on from; refuses to write over another run."""
     resume = config.checkpoint.resume
     found = find_checkpoint(resume, run_dir)
-    used = (run_dir / "metrics.jsonl").exists() or any(run_dir.glob("checkpoints/step_*"))
+    try:
+        used = (run_dir / "metrics.jsonl").exists() or any(run_dir.glob("checkpoints/step_*"))
+    except OSError as error:
+        raise ConfigError(f"run.dir={run_dir}: can't be read: {error.strerror}") from None
     own = resume == "auto" or (found is not None and run_dir.resolve() in found.resolve().parents)
     if used and not own:
         raise ConfigError(
             f"run.dir={run_dir}: holds a run already; choose another, or checkpoint.resume=auto to go on"
         )
     return found
+
+
+def _make_run_dir(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise ConfigError(f"run.dir={run_dir}: no folder can be made there: {error.strerror}") from None
 
 
 def _held_back(
