@@ -8,7 +8,7 @@ from pathlib import Path
 
 import hydra
 import torch
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -31,12 +31,12 @@ def run_command(task: Callable[[Config], None]) -> None:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands us its errors and leaves the printing to us
 
-    @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="config")
-    def entry(composed: DictConfig) -> None:
-        task(to_config(composed))
-
+    compositions: list[DictConfig] = []  # none for --cfg and --help
+    compose = hydra.main(version_base="1.3", config_path=CONFIGS, config_name="config")(compositions.append)
     try:
-        entry()
+        compose()
+        for composed in compositions:  # outside of Hydra, which adds a line to each error of a task
+            task(to_config(composed))
     except USER_ERRORS as error:
         _stop(error, 2)
     except (HydraException, OmegaConfBaseException) as error:
@@ -96,4 +96,5 @@ def _stop(error: BaseException, code: int) -> None:
 
 def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines) or type(error).__name__
+    text = " ".join(lines) or type(error).__name__
+    return f"{error.override}: {text}" if isinstance(error, OverrideParseException) else text
