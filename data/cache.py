@@ -1,5 +1,6 @@
 """Results on disk that are either whole or absent."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -17,7 +18,9 @@ def cache_folder(cache_dir: str | None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError("not writable")
-    except (FileExistsError, NotADirectoryError, PermissionError, ValueError) as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise  # nothing is wrong with the key
         raise DataError(f"data.cache_dir={folder} can't be used: {error}") from None
     return folder
 

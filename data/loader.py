@@ -156,7 +156,8 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the step after the state's. Raises DataError where it belongs to other data."""
         saved, here = state.get("identity", {}), self._identity()
-        for key in sorted(saved.keys() | here.keys()):
+        # Another tokenizer changes the sources too, so they come last.
+        for key in sorted(saved.keys() | here.keys(), key=lambda key: (key.startswith("source "), key)):
             if saved.get(key) != here.get(key):
                 raise DataError(
                     f"the data state was saved with another {key}: {saved.get(key, 'none')}, "

@@ -129,6 +129,7 @@ def _read_text(path: Path) -> Iterator[str]:
 def _read_parquet(path: Path) -> Iterator[str]:
     import datasets  # seconds to import, needed for this format only
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs the error that it raises
     try:
         rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         for number, record in enumerate(rows, start=1):
