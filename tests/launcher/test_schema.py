@@ -1,4 +1,4 @@
-"""Any bad value of any key of the schema: one line that names the key. The values are made from the schema."""
+"""Any bad value of any key of the schema: one line that names the key. The schema yields the values."""
 
 import copy
 import math
