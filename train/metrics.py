@@ -50,15 +50,17 @@ class JsonlWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)  # a buffer would fail a second time when it is closed
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Raises OSError where the line does not fit on the disk."""
         line = json.dumps({name: _json_value(value) for name, value in metrics.items()}, allow_nan=False)
         rest = line.encode() + b"\n"
-        while rest:  # a disk that fills up takes a part first and complains about the rest
-            rest = rest[self._file.write(rest) :]
-        self._file.flush()
+        try:
+            while rest:  # a disk that fills up takes a part first and complains about the rest
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from None
 
     def sync(self) -> None:
         os.fsync(self._file.fileno())
