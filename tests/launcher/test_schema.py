@@ -44,7 +44,7 @@ def keys(schema: dict[str, Any], value: Any, path: Path_ = ()) -> Iterator[tuple
         yield path, schema
     if schema.get("type") == "object":
         other = [schema.get("additionalProperties"), *schema.get("patternProperties", {}).values()]
-        free = next((inner for inner in other if inner), {})
+        free: dict[str, Any] = next((inner for inner in other if inner), {})
         for name, inner in value.items():
             yield from keys(schema.get("properties", {}).get(name, free), inner, (*path, name))
     if schema.get("type") == "array":
