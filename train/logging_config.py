@@ -9,5 +9,5 @@ class LoggingConfig(BaseModel, strict=True, extra="forbid", frozen=True, allow_i
     """`metrics.jsonl` has a line for every step whatever is set here."""
 
     wandb: Literal["offline", "online", "disabled"] = "offline"  # offline: `wandb sync` uploads the run later
-    project: str = Field("openmoe", min_length=1, pattern=r"^[^/\\#?%:]+$")  # W&B project
+    project: str = Field("openmoe", min_length=1, pattern=r"^[^/\\#?%:\x00-\x1f]+$")  # W&B project
     every_steps: int = Field(10, gt=0)  # steps between progress lines where the output is no terminal
