@@ -43,7 +43,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def test_the_folder_holds_what_is_promised(run_dir: Path) -> None:
     """Bug: a file under another name than scripts look for; something left lying about."""
-    found = {path.name for path in run_dir.iterdir()}
+    found = {path.name for path in run_dir.iterdir() if not path.name.startswith(".")}
     assert found == {"config.yaml", "metrics.jsonl", "checkpoints", "wandb"}
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step_6", "step_9", "step_12"}
     assert list((run_dir / "wandb").glob("offline-run-*/*.wandb"))
