@@ -1,8 +1,8 @@
 """The checkpoints of one run: when to write one, which to keep, where to go on."""
 
 import os
-import shutil
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,8 @@ class CheckpointManager:
             kept = f"; the last one is whole: {last}" if last else "; there is no earlier one"
             raise CheckpointWriteError(error.errno, f"{error.strerror}{kept}") from error
         if self.config.keep:
-            for old in steps(self.directory)[: -self.config.keep]:
-                if not _is_milestone(old):
-                    remove_checkpoint(old)
+            for old in [old for old in steps(self.directory) if not _is_milestone(old)][: -self.config.keep]:
+                remove_checkpoint(old)
         return folder
 
     def set_aside_newer(self, step: int) -> list[Path]:
@@ -86,8 +85,8 @@ class CheckpointManager:
         stale = []
         for folder in steps(self.directory):
             if _step(folder) > step:
-                target = folder.with_name(folder.name + STALE)
-                shutil.rmtree(target, ignore_errors=True)
+                names = (f"{folder.name}{STALE}{number or ''}" for number in count())
+                target = next(folder.with_name(name) for name in names if not (folder.parent / name).exists())
                 os.rename(folder, target)
                 stale.append(target)
         return stale

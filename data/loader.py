@@ -147,6 +147,7 @@ class Loader:
             "train.global_batch_rows": self._global_batch_rows,
             "data.mix_rates": self._config.mix_rates,
             "data.document_chunk_tokens": self._config.document_chunk_tokens,
+            "data.row_end_eos": self._config.row_end_eos,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -158,11 +159,12 @@ class Loader:
         saved, here = state.get("identity", {}), self._identity()
         # Another tokenizer changes the sources too, so they come last.
         for key in sorted(saved.keys() | here.keys(), key=lambda key: (key.startswith("source "), key)):
-            if saved.get(key) != here.get(key):
-                raise DataError(
-                    f"the data state was saved with another {key}: {saved.get(key, 'none')}, "
-                    f"now {here.get(key, 'none')}"
-                )
+            if saved.get(key) == here.get(key):
+                continue
+            if key not in here or key not in saved:
+                where = "is not in this curriculum" if key in saved else "is new in this curriculum"
+                raise DataError(f"a resumed run must read the same sources: {key} {where}")
+            raise DataError(f"a resumed run must agree in {key}: saved with {saved[key]}, now {here[key]}")
         self._ahead.clear()
         self._planner.load_state_dict(state["plan"])
         self._state = self._planner.state_dict()

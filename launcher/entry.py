@@ -71,7 +71,9 @@ def to_config(composed: DictConfig) -> Config:
 
 def write_config(config: Config, path: Path) -> None:
     """All that was composed, as the run's own record."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump())))
+    fresh = path.with_suffix(".new")
+    fresh.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump())))
+    os.replace(fresh, path)
 
 
 def read_config(path: Path) -> Config:

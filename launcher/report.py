@@ -59,7 +59,9 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         raise ConfigError(f"run.dir={run_dir}: no run there (metrics.jsonl is missing)")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    # A line without an end is one that is being written, or that a kill cut off.
+    text = path.read_text().splitlines(keepends=True)
+    lines = [json.loads(line) for line in text if line.endswith("\n")]
     if not any(key.startswith("eval/causal_lm/") for line in lines for key in line):
         raise ConfigError(f"run.dir={run_dir}: the run has no validation yet; nothing to report")
     return lines
@@ -81,7 +83,7 @@ def entropies(config: Config, data: PreparedData, loader: Loader) -> dict[str, d
 
 
 def loss_table(lines: list[dict[str, Any]], sources: list[str], bars: dict[str, dict[str, float]]) -> str:
-    """Held-back causal LM loss and accuracy per source at the end of each phase."""
+    """Held-back causal LM loss and accuracy per source at the last validation of each phase."""
     ends = _last_validation_of_phases(lines)
     head = f"{'held-back text':<16}{'unigram':>9}{'bigram':>9}"
     for line in ends:
@@ -93,7 +95,7 @@ def loss_table(lines: list[dict[str, Any]], sources: list[str], bars: dict[str, 
             row += f"{line[f'eval/causal_lm/{source}/loss']:>13.3f}"
             row += f"{line[f'eval/causal_lm/{source}/accuracy']:>10.3f}"
         rows.append(row)
-    phases = ", ".join(f"@{line['step']} ends phase {line['phase']} ({line['objective']})" for line in ends)
+    phases = ", ".join(f"@{line['step']} phase {line['phase']} ({line['objective']})" for line in ends)
     return "\n" + "\n".join(rows) + f"\ncausal LM loss in nats per token; {phases}"
 
 

@@ -46,7 +46,7 @@ class Config(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf_nan=
             raise ValueError(
                 f"model.group_rows={model.group_rows}: allowed a divisor of the {micro} rows of a micro-batch"
             )
-        if train.validation_rows and model.group_rule == "rows" and train.validation_rows % model.group_rows:
+        if model.moe_every and model.group_rule == "rows" and train.validation_rows % model.group_rows:
             raise ValueError(
                 f"train.validation_rows={train.validation_rows}: allowed a multiple of "
                 f"model.group_rows={model.group_rows}"

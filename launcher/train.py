@@ -1,6 +1,5 @@
 """Train: `python -m openmoe.launcher.train experiment=NAME [key=value ...]`, or `openmoe-train`."""
 
-import errno
 import os
 import time
 from functools import partial
@@ -9,13 +8,14 @@ from typing import Any
 
 import torch
 
-from openmoe.checkpoint.manager import CheckpointManager, find_checkpoint, load_checkpoint
+from openmoe.checkpoint.manager import CheckpointManager, load_checkpoint
 from openmoe.checkpoint.state import restore_counters, training_tensors
 from openmoe.data.curriculum import Curriculum
 from openmoe.data.loader import Loader
 from openmoe.data.prepare import PreparedData, prepare
 from openmoe.launcher.entry import run_command, write_config
 from openmoe.launcher.errors import ConfigError
+from openmoe.launcher.run_folder import belongs_to, resume_point, sole_writer
 from openmoe.launcher.schema import Config
 from openmoe.model.accounting import count_flops
 from openmoe.optim.build import build_optimizer
@@ -25,6 +25,7 @@ from openmoe.parallel.topology import resolve
 from openmoe.train.loop import Run, fit
 from openmoe.train.metrics import JsonlWriter, WandbWriter
 from openmoe.train.progress import Progress
+from openmoe.train.signals import StopSignals
 from openmoe.train.step import MicroBatch, micro_batches
 from openmoe.train.throughput import peak_flops
 
@@ -38,9 +39,10 @@ def train(config: Config) -> None:
     device = pick_device(config)
     total_steps = count_steps(config)
     run_dir = Path(config.run.dir)
-    resume_from = _resume_from(config, run_dir)
+    resume_from = resume_point(config.checkpoint.resume, run_dir)
     data = prepare(config.data, config.model.vocab_size, source_names(config))
     loader = build_loader(config, data)
+    held_back = _held_back(config, loader, device)
 
     torch.manual_seed(config.run.seed)
     model = build_decoder(config.model, config.train.precision, device, config.run.seed)
@@ -53,53 +55,60 @@ def train(config: Config) -> None:
         step, tokens_seen = manifest.step, manifest.tokens_seen
         restore_counters(optimizer, tensors, step)
         loader.load_state_dict(manifest.metadata["data"])
-        counters, wandb_run_id = manifest.metadata["counters"], manifest.metadata["wandb_run_id"]
+        counters = manifest.metadata["counters"]
+        if belongs_to(resume_from, run_dir):  # a branch of another run gets a page of its own
+            wandb_run_id = manifest.metadata["wandb_run_id"]
 
     # Everything that can be wrong with the input has been found; from here on files are written.
-    _make_run_dir(run_dir)
-    checkpoints = CheckpointManager(run_dir, config.checkpoint)
-    checkpoints.set_aside_newer(step)  # before their lines go: a crash in between must not leave them without
-    jsonl = JsonlWriter(run_dir / "metrics.jsonl")
-    jsonl.truncate_after(step)
-    write_config(config, run_dir / "config.yaml")
-    wandb = WandbWriter(
-        config.logging.wandb,
-        run_dir,
-        wandb_run_id,
-        config.model_dump(),
-        project=config.logging.project,
-        name=run_dir.name,
-    )
-    peak = peak_flops(device, DTYPES[config.train.precision][1])
-    flops = count_flops(config.model, config.train.seq_len)
-    run = Run(
-        config=config.train,
-        model=model,
-        optimizer=optimizer,
-        learning_rate=partial(learning_rate, config.optim.schedule),
-        loader=loader,
-        held_back=_held_back(config, loader, device),
-        total_steps=total_steps,
-        save=partial(_save, checkpoints, config),
-        save_due=checkpoints.is_due,
-        utilization=lambda positions, loss_tokens, seconds: (
-            flops.of_step(positions, loss_tokens) / seconds / peak.per_second
-        ),
-        jsonl=jsonl,
-        wandb=wandb,
-        progress=Progress(total_steps, config.logging.every_steps),
-        device=device,
-        step=step,
-        tokens_seen=tokens_seen,
-        counters=counters,
-    )
-    _announce(run, config, resume_from, peak.source)
-    _fit_and_close(run, run_dir)
+    with sole_writer(run_dir):
+        if resume_point(config.checkpoint.resume, run_dir) != resume_from:
+            raise ConfigError(f"run.dir={run_dir}: another process has just trained there; start again")
+        checkpoints = CheckpointManager(run_dir, config.checkpoint)
+        checkpoints.set_aside_newer(step)  # before their lines go: a crash in between must leave them some
+        jsonl = JsonlWriter(run_dir / "metrics.jsonl")
+        jsonl.truncate_after(step)
+        write_config(config, run_dir / "config.yaml")
+        wandb = WandbWriter(
+            config.logging.wandb,
+            run_dir,
+            wandb_run_id,
+            config.model_dump(),
+            project=config.logging.project,
+            name=run_dir.name,
+        )
+        peak = peak_flops(device, DTYPES[config.train.precision][1])
+        flops = count_flops(config.model, config.train.seq_len)
+        run = Run(
+            config=config.train,
+            model=model,
+            optimizer=optimizer,
+            learning_rate=partial(learning_rate, config.optim.schedule),
+            loader=loader,
+            held_back=held_back,
+            total_steps=total_steps,
+            save=partial(_save, checkpoints, config),
+            save_due=checkpoints.is_due,
+            utilization=lambda positions, loss_tokens, seconds: (
+                flops.of_step(positions, loss_tokens) / seconds / peak.per_second
+            ),
+            jsonl=jsonl,
+            wandb=wandb,
+            progress=Progress(total_steps, config.logging.every_steps),
+            device=device,
+            step=step,
+            tokens_seen=tokens_seen,
+            counters=counters,
+        )
+        _announce(run, config, resume_from, peak.source)
+        _fit_and_close(run, run_dir)
 
 
 def pick_device(config: Config) -> torch.device:
     """The device of this process; checks that this build can run the asked layout."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"WORLD_SIZE={text}: allowed a number of processes from 1")
+    world_size = int(text)
     resolve(config.parallel, world_size)
     if world_size > 1:
         raise ConfigError(f"WORLD_SIZE={world_size}: this version trains in one process; allowed 1")
@@ -141,31 +150,6 @@ def build_loader(config: Config, data: PreparedData) -> Loader:
         config.train.global_batch_rows,
         config.run.seed,
     )
-
-
-def _resume_from(config: Config, run_dir: Path) -> Path | None:
-    """The checkpoint to go on from; refuses to write over another run."""
-    resume = config.checkpoint.resume
-    found = find_checkpoint(resume, run_dir)
-    try:
-        used = (run_dir / "metrics.jsonl").exists() or any(run_dir.glob("checkpoints/step_*"))
-    except OSError as error:
-        raise ConfigError(f"run.dir={run_dir}: can't be read: {error.strerror}") from None
-    own = resume == "auto" or (found is not None and run_dir.resolve() in found.resolve().parents)
-    if used and not own:
-        raise ConfigError(
-            f"run.dir={run_dir}: holds a run already; choose another, or checkpoint.resume=auto to go on"
-        )
-    return found
-
-
-def _make_run_dir(run_dir: Path) -> None:
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        raise ConfigError(f"run.dir={run_dir}: no folder can be made there: {error.strerror}") from None
 
 
 def _held_back(
@@ -221,14 +205,15 @@ def _announce(run: Run, config: Config, resume_from: Path | None, peak_source: s
 
 def _fit_and_close(run: Run, run_dir: Path) -> None:
     start, first_step, exit_code = time.monotonic(), run.step, 1
-    try:
-        stopped_by = fit(run)
-        exit_code = 0
-    finally:
-        run.progress.close()
-        run.loader.close()
-        run.jsonl.close()
-        run.wandb.close(exit_code)
+    with StopSignals() as stop:  # until all is closed: a second SIGTERM must not undo a good end
+        try:
+            stopped_by = fit(run, stop)
+            exit_code = 0
+        finally:
+            run.progress.close()
+            run.loader.close()
+            run.jsonl.close()
+            run.wandb.close(exit_code)
     seconds = time.monotonic() - start
     end = f"stopped by {stopped_by}, saved" if stopped_by else "finished"
     run.progress.print(

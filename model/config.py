@@ -30,8 +30,8 @@ class ModelConfig(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf
     attention: Literal["causal", "prefix"] = "causal"  # prefix: bidirectional inside each example's inputs
     rope_base: float = Field(10_000.0, gt=1)
     norm_eps: float = Field(1e-6, gt=0)
-    init_scale: float = Field(0.1, gt=0)  # variance scale of the matrices (ST-MoE)
-    router_init_std: float = Field(0.02, gt=0)
+    init_scale: float = Field(0.1, gt=0, le=1e6)  # variance scale of the matrices (ST-MoE)
+    router_init_std: float = Field(0.02, gt=0, le=1e6)
     # The released treatment of padding: its queries attend uniformly to the whole row, and the inputs of
     # attention, MoE, FFN and head are multiplied by the 0/1 logit mask. False: nothing done, since
     # under a causal mask padding at the end of a row touches no real token.

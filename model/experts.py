@@ -31,8 +31,9 @@ class Experts(nn.Module):
         Rows after the last end belong to no expert; what comes out there is undefined.
         """
         wi_0, wi_1, wo = self._weights(x.dtype)
-        h_0 = grouped_mm(x, wi_0, ends).unflatten(-1, (-1, wi_1.shape[1]))
-        return grouped_mm(gate(h_0, grouped_mm(x, wi_1, ends)), wo, ends)
+        bounds = None if _has_grouped_gemm(x, wi_1) else [0, *ends.tolist()]
+        h_0 = grouped_mm(x, wi_0, ends, bounds).unflatten(-1, (-1, wi_1.shape[1]))
+        return grouped_mm(gate(h_0, grouped_mm(x, wi_1, ends, bounds)), wo, ends, bounds)
 
     def batched(self, x: Tensor) -> Tensor:
         """Fixed buffers: x `[E, slots, d_model]`."""
@@ -42,15 +43,21 @@ class Experts(nn.Module):
         return torch.einsum("esf,edf->esd", gate(h_0, h_1), wo)
 
 
-def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def _has_grouped_gemm(x: Tensor, weight: Tensor) -> bool:
+    """torch's grouped GEMM: on CUDA, in bfloat16, both sides in whole steps of 16 bytes."""
+    aligned = weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0
+    return x.is_cuda and x.dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm")
+
+
+def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor, bounds: list[int] | None) -> Tensor:
     """x[rows of e] @ weight[e]^T for every e; x `[rows, in]`, weight `[E, out, in]`, ends int32 `[E]`.
 
-    On CUDA in bfloat16 torch's grouped GEMM reads `ends` on the device; elsewhere one GEMM an expert writes
-    into its slice, which on a CPU is as fast and covers float32 and float64.
+    Without `bounds` torch's grouped GEMM reads `ends` on the device. With them (0 and the ends, on the host)
+    one GEMM an expert writes into its slice, which on a CPU is as fast and covers float32 and float64.
     """
-    if x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
+    if bounds is None:
         return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
-    return _GroupedMM.apply(x, weight, [0, *ends.tolist()])
+    return _GroupedMM.apply(x, weight, bounds)
 
 
 class _GroupedMM(torch.autograd.Function):

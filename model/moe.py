@@ -43,11 +43,12 @@ class MoELayer(nn.Module):
         rows, seq_len, d_model = x.shape
         groups = routing_groups(self.config, rows, seq_len, self.training)
         capacity = expert_capacity(self.config, groups.tokens_per_group, self.training)
-        grouped = F.pad(x, (0, 0, 0, groups.padded_seq_len - seq_len))
+        padding = groups.padded_seq_len - seq_len
+        grouped = F.pad(x, (0, 0, 0, padding)) if padding else x  # pad copies even where it adds nothing
         grouped = grouped.reshape(groups.num_groups, groups.tokens_per_group, d_model)
         routed = None
         if not self.config.route_padding:
-            routed = F.pad(real, (0, groups.padded_seq_len - seq_len)).reshape(groups.num_groups, -1)
+            routed = F.pad(real, (0, padding)).reshape(groups.num_groups, -1)
         routing, statistics = self.router(grouped, capacity, routed)
         y = self.dispatcher(grouped, routing, self.experts)
         y = y.reshape(rows, groups.padded_seq_len, d_model)[:, :seq_len]

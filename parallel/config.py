@@ -1,8 +1,8 @@
 """The `parallel` section: which engine runs the step and how the ranks are laid out."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 
 class ParallelConfig(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf_nan=False):
@@ -14,3 +14,9 @@ class ParallelConfig(BaseModel, strict=True, extra="forbid", frozen=True, allow_
     tensor: int = Field(1, ge=1)  # ranks that share each row
     expert: int = Field(1, ge=1)  # ranks among which the experts are spread
     zero_stage: int = Field(0, ge=0, le=3)  # DeepSpeed only
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.zero_stage and self.engine != "deepspeed":
+            raise ValueError(f"zero_stage={self.zero_stage}: allowed 0 unless parallel.engine=deepspeed")
+        return self

@@ -17,12 +17,12 @@ class TrainConfig(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf
     # global_tokens: LM loss = sum over the global batch / its number of loss tokens. per_microbatch: each
     # micro-batch by its own number, then summed, as the original; depends on the number of micro-batches.
     loss_normalization: Literal["global_tokens", "per_microbatch"] = "global_tokens"
-    z_loss_weight: float = Field(1e-3, ge=0)  # of log(Z)^2 of the head (Table 12)
-    load_balancing_weight: float = Field(1e-2, ge=0)  # Table 12
-    router_z_loss_weight: float = Field(1e-4, ge=0)  # Table 12
+    z_loss_weight: float = Field(1e-3, ge=0, le=1e6)  # of log(Z)^2 of the head (Table 12)
+    load_balancing_weight: float = Field(1e-2, ge=0, le=1e6)  # Table 12
+    router_z_loss_weight: float = Field(1e-4, ge=0, le=1e6)  # Table 12
     freeze_router_at_step: int | None = Field(None, ge=0)  # from this step on routers get no update
     validate_every_steps: int = Field(0, ge=0)  # 0: only where a phase or the run ends
-    validation_rows: int = Field(0, ge=0, le=2**16)  # of each source; 0: no validation
+    validation_rows: int = Field(16, ge=0, le=2**16)  # of each source; 0: no validation
 
     @model_validator(mode="after")
     def check(self) -> Self:

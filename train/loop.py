@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from openmoe.model.decoder import Decoder
 from openmoe.train.config import TrainConfig
 from openmoe.train.metrics import JsonlWriter, WandbWriter
 from openmoe.train.progress import Progress
-from openmoe.train.record import expert_load, step_metrics
+from openmoe.train.record import step_metrics
 from openmoe.train.signals import StopSignals
 from openmoe.train.step import MicroBatch, micro_batches, train_step
 from openmoe.train.validation import validate
@@ -47,50 +47,43 @@ class Run:
     counters: dict[str, int] = field(default_factory=lambda: {"nonpad_tokens": 0, "loss_tokens": 0})
 
 
-def fit(run: Run) -> str | None:
-    """Train to run.total_steps. Returns the name of the signal that ended the run early, or None.
+def fit(run: Run, stop: StopSignals) -> str | None:
+    """Train to run.total_steps, or save and leave at a signal; returns its name, or None.
 
     Raises NonFiniteLoss; checkpoints written before stay as they are.
     """
     moe_layers = run.model.config.moe_layers
-    with StopSignals() as stop:
-        for batch in _batches(run):
-            start = time.perf_counter()
-            frozen = run.config.freeze_router_at_step
-            if frozen is not None and run.step >= frozen:
-                run.model.freeze_routers()
-            rate = run.learning_rate(run.step)
-            micro = micro_batches(batch.arrays, run.config.micro_batch_rows, run.device)
-            result = train_step(run.model, run.optimizer, micro, batch.loss_tokens, rate, run.config)
-            metrics = step_metrics(result, moe_layers)
-            seconds = time.perf_counter() - start
-            run.step += 1
-            run.tokens_before, run.tokens_seen = run.tokens_seen, run.tokens_seen + batch.positions
-            _require_finite({name: metrics[name] for name in ("loss", "grad_norm")}, run, batch)
+    while run.step < run.total_steps:
+        start = time.perf_counter()
+        batch = next(run.loader)  # inside the clock: a loader that is the limit must show
+        frozen = run.config.freeze_router_at_step
+        if frozen is not None and run.step >= frozen:
+            run.model.freeze_routers()
+        rate = run.learning_rate(run.step)
+        micro = micro_batches(batch.arrays, run.config.micro_batch_rows, run.device)
+        result = train_step(run.model, run.optimizer, micro, batch.loss_tokens, rate, run.config)
+        metrics = step_metrics(result, moe_layers)
+        seconds = time.perf_counter() - start
+        run.step += 1
+        run.tokens_before, run.tokens_seen = run.tokens_seen, run.tokens_seen + batch.positions
+        _require_finite({name: metrics[name] for name in ("loss", "grad_norm")}, run, batch)
 
-            line = _line(run, batch, metrics, rate, seconds) | expert_load(result, moe_layers)
-            if _validation_due(run, batch):
-                line |= validate(run.model, _held_back(run, batch))
-            run.jsonl.write(line)
-            run.wandb.write(line)
-            run.progress.update(line)
-            due = run.save_due(run.step, run.tokens_before, run.tokens_seen)
-            if due or run.step == run.total_steps or stop.requested is not None:
-                _require_finite({"norm of the parameters": _parameter_norm(run.model)}, run, batch)
-                run.save(run)
-                if stop.requested is not None:  # a signal that came after the save waits for the next one
-                    return stop.requested
+        line = _line(run, batch, metrics, rate, seconds)
+        if _validation_due(run, batch):
+            line |= validate(run.model, _held_back(run, batch))
+        run.jsonl.write(line)
+        run.wandb.write(line)
+        run.progress.update(line)
+        due = run.save_due(run.step, run.tokens_before, run.tokens_seen)
+        if due or run.step == run.total_steps or stop.requested is not None:
+            _require_finite({"norm of the parameters": _parameter_norm(run.model)}, run, batch)
+            run.save(run)
+            if stop.requested is not None:  # a signal that came after the save waits for the next one
+                return stop.requested
     return None
 
 
-def _batches(run: Run) -> Iterator[StepBatch]:
-    while run.step < run.total_steps:
-        yield next(run.loader)
-
-
-def _line(
-    run: Run, batch: StepBatch, metrics: dict[str, float], rate: float, seconds: float
-) -> dict[str, Any]:
+def _line(run: Run, batch: StepBatch, metrics: dict[str, Any], rate: float, seconds: float) -> dict[str, Any]:
     """The step's line of metrics.jsonl. Counts of tokens are totals of the run; shares are of this step."""
     run.counters["nonpad_tokens"] += batch.nonpad_tokens
     run.counters["loss_tokens"] += batch.loss_tokens

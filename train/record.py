@@ -1,5 +1,7 @@
 """From the device tensors of one step to the numbers of its line in metrics.jsonl."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,13 +9,14 @@ from openmoe.model.router import RouterStatistics
 from openmoe.train.step import StepResult
 
 
-def step_metrics(result: StepResult, moe_layers: list[int]) -> dict[str, float]:
-    """Losses, accuracy, gradient norm and, per MoE layer, load, entropy and drops. One transfer from the
+def step_metrics(result: StepResult, moe_layers: list[int]) -> dict[str, Any]:
+    """Losses, accuracy, gradient norm and, per MoE layer, load, entropy and drops; one transfer from the
     device.
 
-    Per layer: `load_max_over_mean`, `load_cv` (coefficient of variation) and `dead_experts` count choices
-    before dropping; `entropy` is the mean of the router's distribution in nats; `dropped_first` and so on the
-    share of first, second, ... choices without a slot; `left_behind` that of tokens without any.
+    Per layer: `load` is the share of all choices that fell on each expert, before dropping, and
+    `load_max_over_mean`, `load_cv` (coefficient of variation) and `dead_experts` sum it up; `entropy` is the
+    mean of the router's distribution in nats; `dropped_first`, `dropped_second` the share of these choices
+    that got no slot; `left_behind` that of tokens without any.
     """
     tensors: dict[str, Tensor] = {
         "loss": result.loss,
@@ -25,22 +28,18 @@ def step_metrics(result: StepResult, moe_layers: list[int]) -> dict[str, float]:
         "grad_norm": result.grad_norm,
     }
     layers = [_sum(list(blocks)) for blocks in zip(*result.router, strict=True)]
-    assigned = sum((layer["assigned"].sum() for layer in layers), torch.zeros(()))
-    kept = sum((layer["kept"].sum() for layer in layers), torch.zeros(()))
-    tensors["dropped_fraction"] = 1 - kept / _positive(assigned) if layers else torch.zeros(())
+    zero = result.loss.new_zeros(())
+    assigned = sum((layer["assigned"].sum() for layer in layers), zero)
+    kept = sum((layer["kept"].sum() for layer in layers), zero)
+    tensors["dropped_fraction"] = (assigned - kept) / _positive(assigned)
     for index, layer in zip(moe_layers, layers, strict=True):
         tensors |= {f"router/layer{index:02d}/{name}": value for name, value in _layer(layer).items()}
-    values = torch.stack([value.detach().to(torch.float64) for value in tensors.values()]).tolist()
-    return dict(zip(tensors, values, strict=True))
-
-
-def expert_load(result: StepResult, moe_layers: list[int]) -> dict[str, list[float]]:
-    """`router/layerNN/load`: share of all choices that fell on each expert."""
-    loads = {}
-    for index, blocks in zip(moe_layers, zip(*result.router, strict=True), strict=True):
-        assigned = _sum(list(blocks))["assigned"].sum(0)
-        loads[f"router/layer{index:02d}/load"] = (assigned / _positive(assigned.sum())).tolist()
-    return loads
+    sizes = [value.numel() for value in tensors.values()]
+    flat = torch.cat([value.detach().to(torch.float64).flatten() for value in tensors.values()]).cpu()
+    return {
+        name: part.item() if tensors[name].dim() == 0 else part.tolist()
+        for name, part in zip(tensors, flat.split(sizes), strict=True)
+    }
 
 
 def _sum(blocks: list[RouterStatistics]) -> dict[str, Tensor]:
@@ -52,14 +51,15 @@ def _layer(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     load = sums["assigned"].sum(0)
     mean = _positive(load.mean())
     dropped = 1 - sums["kept"].sum(1) / _positive(sums["assigned"].sum(1))
-    choices = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+    choices = [("first", "second")[i] if i < 2 else f"choice_{i + 1}" for i in range(len(dropped))]
     return {
         "load_max_over_mean": load.max() / mean,
         "load_cv": load.std(correction=0) / mean,
         "dead_experts": (load == 0).sum(),
         "entropy": sums["entropy_sum"] / _positive(sums["routed_tokens"]),
         "left_behind": sums["tokens_left_behind"] / _positive(sums["routed_tokens"]),
-        **{f"dropped_{choices[i] if i < 8 else i + 1}": dropped[i] for i in range(len(dropped))},
+        **{f"dropped_{choice}": dropped[i] for i, choice in enumerate(choices)},
+        "load": load / _positive(load.sum()),
     }
 
 

@@ -26,21 +26,24 @@ class MicroBatch:
 def micro_batches(
     arrays: dict[str, np.ndarray], micro_batch_rows: int, device: torch.device
 ) -> list[MicroBatch]:
-    """Contiguous blocks of rows of a host batch (keys of `model.batch.Batch`, `[rows, seq_len]`)."""
+    """Contiguous blocks of rows of a host batch (keys of `model.batch.Batch`, `[rows, seq_len]`).
+
+    Where no row of the whole batch holds two examples, a causal mask is enough, and attention without a mask
+    tensor is faster; never decided block by block, or padding would see other columns in other splits.
+    """
     rows = len(arrays["input_tokens"])
     size = rows if micro_batch_rows == -1 else micro_batch_rows
+    packed = bool(arrays["segment_ids"].max() > 1)
     return [
-        _micro_batch({name: array[start : start + size] for name, array in arrays.items()}, device)
+        _micro_batch({name: array[start : start + size] for name, array in arrays.items()}, packed, device)
         for start in range(0, rows, size)
     ]
 
 
-def _micro_batch(arrays: dict[str, np.ndarray], device: torch.device) -> MicroBatch:
+def _micro_batch(arrays: dict[str, np.ndarray], packed: bool, device: torch.device) -> MicroBatch:
     def on_device(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
-    # With one example a row a causal mask is enough; attention without a mask tensor is faster.
-    packed = arrays["segment_ids"].max() > 1
     batch = Batch(
         on_device(arrays["input_tokens"].astype(np.int64)),
         on_device(arrays["target_tokens"].astype(np.int64)),
@@ -113,11 +116,11 @@ def train_step(
     router = []
     for block in micro:
         sums = loss_sums(model, block)
-        if config.loss_normalization == "global_tokens":
-            weight, blocks = sums.weight.new_tensor(global_loss_tokens), len(micro)
-        else:  # each block stands for itself and the sum is taken, not the mean (facts 2.5)
-            weight, blocks = sums.weight, 1
-        weight = weight.clamp(min=1)
+        weight: Tensor | float = max(1.0, global_loss_tokens)
+        blocks = len(micro)
+        if config.loss_normalization == "per_microbatch":
+            # Each block stands for itself and the sum is taken, not the mean (facts 2.5).
+            weight, blocks = sums.weight.clamp(min=1), 1
         groups = max(1, sum(s.num_groups for s in sums.router)) * blocks
         parts = {
             "lm_loss": sums.lm / weight,

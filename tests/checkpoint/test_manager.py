@@ -80,7 +80,7 @@ def test_leftovers_of_a_crash_are_put_away(tmp_path: Path) -> None:
 
 
 def test_checkpoints_newer_than_the_resumed_one_are_set_aside(tmp_path: Path) -> None:
-    """After resuming from step 1, `auto` jumps to step 3 of the abandoned run."""
+    """After resuming from step 1, `auto` jumps to step 3 of the abandoned run, or a second branch-off deletes it."""
     manager = CheckpointManager(tmp_path, CheckpointConfig(keep=0))
     for step in (1, 2, 3):
         save(manager, step)
@@ -88,7 +88,7 @@ def test_checkpoints_newer_than_the_resumed_one_are_set_aside(tmp_path: Path) ->
     assert find_checkpoint("auto", tmp_path) == manager.directory / "step_1"
     save(manager, 2)
     manager.set_aside_newer(1)
-    assert names(manager) == ["step_1", "step_2.stale", "step_3.stale"]
+    assert names(manager) == ["step_1", "step_2.stale", "step_3.stale", "step_2.stale1"]
 
 
 def test_where_a_run_goes_on(tmp_path: Path) -> None:

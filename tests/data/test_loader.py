@@ -266,9 +266,9 @@ def test_a_state_of_other_data_is_refused(
         write_source(root / name, made_up_documents(20 + seed, 30, 60))
     other = prepare(config.model_copy(update={"root": str(root)}))
     state = loader(prepared, config).state_dict()
-    with pytest.raises(DataError, match=r"another (source|tokenizer)"):
+    with pytest.raises(DataError, match=r"agree in (source|tokenizer)"):
         loader(other, config).load_state_dict(state)
-    with pytest.raises(DataError, match=r"another train\.global_batch_rows: 6, now 5"):
+    with pytest.raises(DataError, match=r"agree in train\.global_batch_rows: saved with 6, now 5"):
         loader(prepared, config, global_batch_rows=5).load_state_dict(state)
     with pytest.raises(DataError, match="not one of this program"):
         loader(prepared, config).load_state_dict(state | {"plan": {}})

@@ -1,0 +1,57 @@
+"""The folder of a run: who may write there, and where the run goes on."""
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from openmoe.checkpoint.manager import find_checkpoint
+from openmoe.launcher.errors import ConfigError
+
+
+def resume_point(resume: str, run_dir: Path) -> Path | None:
+    """The checkpoint to go on from, None for a fresh start.
+
+    Raises ConfigError where the folder holds another run, CheckpointError where `resume` names no checkpoint.
+    """
+    found = find_checkpoint(resume, run_dir)
+    try:
+        used = (run_dir / "metrics.jsonl").exists() or any(run_dir.glob("checkpoints/step_*"))
+    except OSError as error:
+        raise ConfigError(f"run.dir={run_dir}: can't be read: {error.strerror}") from None
+    if used and not (resume == "auto" or belongs_to(found, run_dir)):
+        raise ConfigError(
+            f"run.dir={run_dir}: holds a run already; choose another, or checkpoint.resume=auto to go on"
+        )
+    return found
+
+
+def belongs_to(checkpoint: Path | None, run_dir: Path) -> bool:
+    """Is it one of this run's own checkpoints?"""
+    return checkpoint is not None and run_dir.resolve() in checkpoint.resolve().parents
+
+
+@contextmanager
+def sole_writer(run_dir: Path) -> Iterator[None]:
+    """Makes the folder and holds it: two processes writing one run would ruin both.
+
+    The lock goes with the process, however it ends. Raises ConfigError where another one holds it, or where
+    no folder can be made.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = os.open(run_dir / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise ConfigError(f"run.dir={run_dir}: can't be written: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ConfigError(f"run.dir={run_dir}: another process is training there") from None
+    else:
+        yield
+    finally:
+        os.close(file)
