@@ -55,15 +55,10 @@ MIX = "mix: {alpha: 1}"
 UL2 = f"curriculum=[{{{MIX}, until_steps: 9, objective: ul2}}]"
 OVERRIDES = [
     (["train.steps=0"], ["train.steps=0", "greater than 0"]),
-    (["train.steps=many"], ["train.steps='many'", "integer"]),
-    (["train.steps=1.5"], ["train.steps=1.5"]),
-    (["train.steps=1000000000000000000000000000000"], ["train.steps="]),
     (["train.stepz=3"], ["stepz"]),
     (["+train.stepz=3"], ["train.stepz", "unknown key", "steps, tokens"]),
     (["optimizer=adamw"], ["optimizer"]),
-    (["+a.b.c=3"], ["a: unknown key"]),
     (["experiment=huge"], ["experiment/huge", "openmoe_8b"]),
-    (["model=huge"], ["model/huge", "openmoe_8b"]),
     (["optim=sgd"], ["optim/sgd", "adafactor", "adamw"]),
     (["optim.schedule.name=cosine"], ["optim.schedule.base", "unknown key", "peak"]),
     (["train.steps=[1,"], ["train.steps=[1,"]),
@@ -73,31 +68,23 @@ OVERRIDES = [
     (["train.global_batch_rows=???"], ["train.global_batch_rows"]),
     (["train.steps=1,2"], ["train.steps"]),
     (["train.precision=fp16"], ["train.precision='fp16'", "'bf16'"]),
-    (["train.z_loss_weight=nan"], ["train.z_loss_weight=nan", "finite"]),
     (["train.steps=3", "train.tokens=512"], ["steps=3", "tokens=512"]),
     (["train.micro_batch_rows=3"], ["train.micro_batch_rows=3", "train.global_batch_rows=4"]),
-    (["train.micro_batch_rows=8"], ["train.micro_batch_rows=8", "train.global_batch_rows=4"]),
     (["train.micro_batch_rows=0"], ["micro_batch_rows=0"]),
     (["model.group_rows=3"], ["model.group_rows=3", "4 rows"]),
     (["model.group_rows=2", "train.micro_batch_rows=1"], ["model.group_rows=2", "1 rows"]),
     (["model.group_rows=4"], ["train.validation_rows=2", "model.group_rows=4"]),
-    (["train.seq_len=1"], ["train.seq_len=1"]),
     (["train.seq_len=4", phases(f"{MIX}, until_steps: 9")], ["train.seq_len=4"]),
     (["train.seq_len=16", UL2], ["train.seq_len=16", "UL2"]),
     (["train.seq_len=4096", UL2], ["train.seq_len=4096", "300"]),
     (["model.top_k=5"], ["top_k=5", "num_experts=4"]),
-    (["model.head_dim=15"], ["head_dim=15", "even"]),
     (["model.moe_every=3"], ["moe_every=3", "n_layers=2"]),
     (["model.d_model=null"], ["model.d_model=None"]),
     (["model.vocab_size=811"], ["811"]),
-    (["run.seed=-1"], ["run.seed=-1"]),
-    (["run.dir=null"], ["run.dir=None"]),
     (["run.dir=''"], ["run.dir=''"]),
     (["run.dir=/dev/null/run"], ["run.dir=/dev/null/run"]),
     (["run.dir=" + "long" * 100], ["run.dir=longlong"]),
-    (["logging.project=a/b"], ["logging.project='a/b'"]),
     (["data.root=/nowhere"], ["data.root=/nowhere"]),
-    (["data.root=/etc/hostname"], ["data.root=/etc/hostname"]),
     (["data.root=null"], ["alpha", "manual"]),
     (["data.cache_dir=/dev/null/cache"], ["data.cache_dir=/dev/null/cache"]),
     (["data.cache_dir=" + "long" * 100], ["data.cache_dir=longlong"]),
@@ -108,12 +95,9 @@ OVERRIDES = [
     (["checkpoint.resume=" + "long" * 100], ["checkpoint.resume=longlong"]),
     (["checkpoint.resume=/etc/hostname"], ["checkpoint.resume=/etc/hostname"]),
     (["parallel.engine=xla"], ["parallel.engine=xla"]),
-    (["parallel.engine=deepspeed"], ["parallel.engine=deepspeed"]),
     (["parallel.shard=0"], ["parallel.shard=0"]),
     (["parallel.shard=2"], ["parallel.shard=2"]),
-    (["parallel.tensor=2"], ["parallel.tensor=2"]),
     (["parallel.expert=2"], ["parallel.expert=2"]),
-    (["curriculum=[]"], ["curriculum=[]"]),
     ([phases(f"{MIX}, until_steps: 9", f"{MIX}, until_steps: 9")], ["curriculum[1]", "until_steps=9"]),
     # 2000 tokens are 8 steps of 256.
     ([phases(f"{MIX}, until_tokens: 2000", f"{MIX}, until_steps: 8")], ["curriculum[1]", "tokens=2000"]),
@@ -123,7 +107,6 @@ OVERRIDES = [
     ([phases("mix: {alpha: 1, beta: -2}")], ["curriculum[0].mix.beta=-2"]),
     ([phases("mix: {alpha: 0, beta: 0}, until_steps: 3")], ["curriculum[0]", "sum to 0"]),
     ([phases("mix: {}, until_steps: 3")], ["curriculum[0].mix={}"]),
-    ([phases("mix: {alpha: nan}, until_steps: 3")], ["curriculum[0].mix.alpha=nan"]),
     ([phases("mix: {alpha: 1, gamma: 1}, until_steps: 3")], ["gamma", "alpha, beta"]),
     (["curriculum=[{mix: {alpha: 1}, objective: mlm}]"], ["curriculum[0].objective='mlm'", "'ul2'"]),
     (["curriculum=[{until_steps: 3, objective: ul2}]"], ["curriculum[0].mix", "missing"]),
@@ -145,9 +128,7 @@ def _replaced(argument: str, overrides: list[str]) -> bool:
     return argument.partition("=")[0] in groups
 
 
-@pytest.mark.parametrize(
-    "overrides", [["train.seq_len=16", UL2], ["model.d_model=0"], ["run.dir=" + os.fsdecode(b"\xff")]]
-)
+@pytest.mark.parametrize("overrides", [["train.seq_len=16", UL2], ["run.dir=" + os.fsdecode(b"\xff")]])
 def test_refused_by_a_process_of_its_own(
     overrides: list[str], small: Small, commands: Commands, tmp_path: Path
 ) -> None:

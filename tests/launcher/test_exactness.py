@@ -84,7 +84,7 @@ def test_another_seed_is_another_run(
 
 def test_arithmetic_on_two_threads_repeats_itself(small: Small, commands: Commands, tmp_path: Path) -> None:
     """Bug: a sum whose order depends on which thread comes first (scatter-add), seen only with several."""
-    wide = ("model.d_model=128", "model.d_ff=256", "train.seq_len=128", "train.steps=4")
+    wide = ("model.d_model=128", "train.seq_len=128", "train.validation_rows=0", "train.steps=3")
     for name in ("first", "second"):
         code, stderr = commands.run(
             *small(tmp_path / name, *wide, "checkpoint.every_steps=0"),
@@ -157,7 +157,7 @@ def test_killed_at_random_moments_and_while_writing(
         command.kill(signal.SIGKILL)
         command.wait()
 
-    for kill in range(6):
+    for kill in range(4):
         kill_later(while_writing=kill % 2 == 1)
     code, stderr = commands.run(*arguments)
     assert code == 0, stderr
@@ -186,10 +186,9 @@ def test_resume_in_every_precision(
     assert steps_of(lines(tmp_path / "cut")) == list(range(1, 9))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(workers: int, small: Small, undisturbed: Lines, tmp_path: Path) -> None:
+def test_workers_change_nothing(small: Small, undisturbed: Lines, tmp_path: Path) -> None:
     """Bug: threads that build ahead deliver rows in the order in which they finish, or lose the place."""
-    run(small(tmp_path / "run", f"data.workers={workers}"))
+    run(small(tmp_path / "run", "data.workers=2"))
     assert lines(tmp_path / "run") == undisturbed
 
 
@@ -234,7 +233,6 @@ def test_resuming_a_finished_run_changes_nothing(small: Small, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("number", "target", "n", "saved"),
     [
-        pytest.param(signal.SIGTERM, "openmoe.train.loop.train_step", 5, 5, id="in a step"),
         pytest.param(signal.SIGINT, VALIDATE, 1, MARK, id="in the validation at the mark"),
         pytest.param(signal.SIGTERM, WRITE, 2, 2, id="after a line"),
         pytest.param(signal.SIGINT, TENSORS, 1, 4, id="while saving"),

@@ -30,12 +30,16 @@ def key_paths(value: Any, prefix: str = "") -> set[str]:
 def test_the_page_holds_every_key(experiment: str, commands: Commands) -> None:
     """Bug: a key that exists only as a default in the code, where no user finds it; a page that can't be
     composed."""
-    command = commands.start(f"experiment={experiment}", "--cfg", "job", "--resolve")
-    assert command.wait() == 0, command.stderr
-    composed = OmegaConf.create(command.stdout)
-    assert isinstance(composed, DictConfig)
+    if experiment.endswith("8b"):
+        command = commands.start(f"experiment={experiment}", "--cfg", "job", "--resolve")
+        assert command.wait() == 0, command.stderr
+        composed = OmegaConf.create(command.stdout)
+        assert isinstance(composed, DictConfig)
+    else:
+        with initialize_config_module("openmoe.conf", version_base="1.3"):
+            composed = compose("config", [f"experiment={experiment}"])
     config = to_config(composed)
-    page = OmegaConf.to_container(composed)
+    page = OmegaConf.to_container(composed, resolve=True)
     assert key_paths(page) == key_paths(config.model_dump())
     assert config == load_config([f"experiment={experiment}"])
     assert config.run.dir == f"runs/{experiment}"

@@ -124,7 +124,7 @@ def dotted(path: Path_) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_a_bad_value_is_named_in_one_line(page: dict[str, Any], data: st.DataObject) -> None:
     """Bug: a value that is silently converted or only fails hours later; an error without the key, or of many
