@@ -80,7 +80,7 @@ def test_leftovers_of_a_crash_are_put_away(tmp_path: Path) -> None:
 
 
 def test_checkpoints_newer_than_the_resumed_one_are_set_aside(tmp_path: Path) -> None:
-    """After resuming from step 1, `auto` jumps to step 3 of the abandoned run, or a second branch-off deletes it."""
+    """After resuming from step 1, `auto` jumps to the abandoned run's step 3; a second branch deletes it."""
     manager = CheckpointManager(tmp_path, CheckpointConfig(keep=0))
     for step in (1, 2, 3):
         save(manager, step)
