@@ -43,8 +43,10 @@ test: $(VENV)/.installed
 	@$(VENV)/bin/python -m pytest -q
 
 # Level 0 makes the CPU back end compile several times faster; the traced program is the same.
+# The second line runs the shared path on torch 2.9 without XLA.
 test-xla: $(VENV_XLA)/.installed
 	@PJRT_DEVICE=CPU XLA_FLAGS=--xla_backend_optimization_level=0 $(VENV_XLA)/bin/python -m pytest -q tests/xla
+	@$(VENV_XLA)/bin/python -m pytest -q tests/model tests/optim tests/checkpoint tests/parity
 
 demo: $(VENV)/.installed
 	@$(VENV)/bin/python -m openmoe.launcher.train experiment=tiny run.dir=runs/demo checkpoint.resume=auto

@@ -28,7 +28,8 @@ def draw(lines: list[dict[str, Any]], config: Config, bars: dict[str, dict[str, 
             "axes.grid": True,
             "grid.color": "#e6e8eb",
             "axes.axisbelow": True,
-            "legend.frameon": False,
+            "legend.edgecolor": "none",
+            "legend.framealpha": 0.85,
         }
     ):
         figure, axes = plt.subplots(2, 2, figsize=(13, 8.2), layout="constrained")

@@ -1,0 +1,53 @@
+"""Who may write into a run's folder."""
+
+from pathlib import Path
+
+import pytest
+
+from openmoe.data.prepare import prepare
+from openmoe.launcher.entry import load_config
+from openmoe.launcher.errors import ConfigError
+from openmoe.launcher.run_folder import sole_writer
+from openmoe.launcher.train import train
+
+from .commands import Commands
+from .conftest import Small, lines
+
+
+def test_a_second_process_is_refused(small: Small, commands: Commands, tmp_path: Path) -> None:
+    """Bug: two processes that train in one folder (a requeued job, a second `make demo`) double lines and
+    delete each other's checkpoints."""
+    with sole_writer(tmp_path / "run"):
+        code, stderr = commands.run(*small(tmp_path / "run", "checkpoint.resume=auto"))
+    assert code == 2
+    assert stderr.splitlines()[-1].startswith(f"error: run.dir={tmp_path / 'run'}: another process")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_that_began_in_between(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: the folder is looked at, then data is prepared for minutes, then another's run is written over."""
+    arguments = small(tmp_path / "run", "train.steps=3")
+
+    def prepare_slowly(*args: object) -> object:
+        monkeypatch.setattr("openmoe.launcher.train.prepare", prepare)
+        train(load_config(arguments))  # as another process would
+        return prepare(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("openmoe.launcher.train.prepare", prepare_slowly)
+    with pytest.raises(ConfigError, match=r"holds a run already|has just trained"):
+        train(load_config(arguments))
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_a_branch_gets_its_own_wandb_page(small: Small, commands: Commands, tmp_path: Path) -> None:
+    """Bug: a run that starts from another run's checkpoint writes on into that run's W&B page."""
+    code, stderr = commands.run(*small(tmp_path / "a", "train.steps=3", "logging.wandb=offline"))
+    assert code == 0, stderr
+    code, stderr = commands.run(
+        *small(
+            tmp_path / "b", f"checkpoint.resume={tmp_path / 'a'}", "train.steps=6", "logging.wandb=offline"
+        )
+    )
+    assert code == 0, stderr
+    pages = [next((tmp_path / run / "wandb").glob("offline-run-*")).name[-8:] for run in ("a", "b")]
+    assert pages[0] != pages[1]
