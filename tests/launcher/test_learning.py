@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 
 from openmoe.data.prepare import prepare
@@ -30,4 +29,4 @@ def test_held_back_loss_falls_below_the_unigram_entropy(tmp_path: Path) -> None:
     loader = build_loader(config, data)
     bar = entropies(config, data, loader)["docstrings"]["unigram"]
     loader.close()
-    assert last["eval/causal_lm/docstrings/loss"] == pytest.approx(bar - 1.0, abs=0.5)
+    assert last["eval/causal_lm/docstrings/loss"] < bar - 0.5
