@@ -12,8 +12,8 @@ from openmoe.launcher.train import build_loader, source_names, train
 
 
 def test_held_back_loss_falls_below_the_unigram_entropy(tmp_path: Path) -> None:
-    """Bug: anything that leaves training running but not learning: a gradient that is lost, a learning rate off
-    by a factor, targets shifted by one, text that doesn't belong together. The whole demo gets 0.9 to 1.5 nats
+    """Bug: anything that leaves training running but not learning: a lost gradient, a learning rate off by a
+    factor, targets shifted by one, text that doesn't belong together. The whole demo gets 0.9 to 1.5 nats
     below; a fifth of it, on one source, must get half a nat."""
     phase = "{until_steps: 90, mix: {docstrings: 1}, objective: causal_lm}"
     overrides = [f"run.dir={tmp_path}", f"curriculum=[{phase}]", "train.validate_every_steps=0"]
