@@ -22,7 +22,7 @@ def losses(case: Case, mode: str, dispatch: str = "sort", router_z_weight: float
     batch = golden_batch(case)
     weights = batch.loss_weights.flatten()
     sums = loss_sums(model, MicroBatch(batch, weights.nonzero()[:, 0]))
-    groups = sum(s.num_groups for s in sums.router)
+    groups = max(1, sum(s.num_groups for s in sums.router))
     config = TrainConfig(
         global_batch_rows=1,
         seq_len=2,
@@ -33,8 +33,8 @@ def losses(case: Case, mode: str, dispatch: str = "sort", router_z_weight: float
     parts = {
         "lm_loss": sums.lm / sums.weight,
         "z_loss": sums.z / sums.weight,
-        "load_balancing_loss": sum(s.load_balancing_sum for s in sums.router) / groups,
-        "router_z_loss": sum(s.router_z_sum for s in sums.router) / groups,
+        "load_balancing_loss": sum((s.load_balancing_sum for s in sums.router), torch.zeros(())) / groups,
+        "router_z_loss": sum((s.router_z_sum for s in sums.router), torch.zeros(())) / groups,
     }
     named = {
         "ce_only": parts["lm_loss"],
