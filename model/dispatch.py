@@ -5,7 +5,7 @@ mask, kept rows are sorted by expert, each expert is one contiguous GEMM. `einsu
 one-hot masks and static shapes, what XLA partitions best, and the oracle of the tests.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -48,12 +48,12 @@ class _Gather(torch.autograd.Function):
     """rows = x[token]. Its gradient is a gather too: autograd's scatter-add has no fixed order on GPUs."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, token: Tensor, place: Tensor, kept: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: Tensor, token: Tensor, place: Tensor, kept: Tensor) -> Tensor:
         ctx.save_for_backward(place, kept)
         return x.index_select(0, token)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         place, kept = ctx.saved_tensors
         by_choice = grad.index_select(0, place.flatten()).view(*place.shape, -1)
         return torch.where(kept[..., None], by_choice, 0).sum(1), None, None, None

@@ -1,6 +1,7 @@
 """The experts of one MoE layer: E feed-forwards as stacked tensors."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ class _GroupedMM(torch.autograd.Function):
     """One node for all experts: weight[e] under autograd would write a full [E, ...] gradient each time."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bounds: list[int]) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bounds: list[int]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bounds = bounds
         out = x.new_empty(x.shape[0], weight.shape[1])
@@ -74,7 +75,7 @@ class _GroupedMM(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
         grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)

@@ -6,6 +6,8 @@ backward pass computes each tile of logits again and turns it into gradients in 
 plain way, and on a CPU still faster, because a tile stays in cache.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def _tiles(weight: Tensor, tokens: int) -> list[slice]:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         tokens = len(hidden)
         best = hidden.new_full((tokens,), float("-inf"), dtype=wide)
@@ -59,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return log_z - target_logit, log_z, correct
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor, grad_log_z: Tensor, _: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad_loss: Tensor, grad_log_z: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden, weight, targets, log_z = ctx.saved_tensors
         wide = log_z.dtype
         # d loss / d logit = p - onehot(target); d log_z / d logit = p.
