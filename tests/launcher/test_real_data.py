@@ -23,8 +23,8 @@ def test_real_text_and_code(small: Small, tmp_path: Path) -> None:
     )
     overrides = [
         f"data.root={DATA}",
-        "data.tokenizer.vocab_size=2048",
-        "model.vocab_size=2432",
+        "data.tokenizer.vocab_size=4096",
+        "model.vocab_size=4480",
         f"curriculum=[{phases}]",
     ]
     train(load_config(small(tmp_path / "run", *overrides, "train.seq_len=256")))

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import struct
+import time
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -151,7 +152,10 @@ def test_wandb_offline_run_holds_grouped_metrics_of_every_step(tmp_path: Path) -
     assert {path.name for path in files} == {f"run-{run_id}.wandb"}
     assert len(files) == 2
 
-    rows = wandb_history(tmp_path)
+    # W&B's own process answers `finish` before it closes the file.
+    deadline = time.monotonic() + 20
+    while len(rows := wandb_history(tmp_path)) < 6 and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert [row["step"] for row in rows] == [1, 2, 3, 3, 4, 5]
     assert [row["tokens_seen"] for row in rows] == [4096 * row["step"] for row in rows]
     assert [row["train/loss"] for row in rows] == [1 / row["step"] for row in rows]
