@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from openmoe.model.batch import Batch
 from openmoe.model.config import ModelConfig
 from openmoe.model.dispatch import DISPATCHERS, TokenDispatcher
-from openmoe.model.layers import Attention, FeedForward, Linear, RMSNorm, rotary_table
+from openmoe.model.layers import Attention, Embedding, FeedForward, Linear, RMSNorm, rotary_table
 from openmoe.model.moe import MoELayer, RoutingTrace, routing_trace
 from openmoe.model.router import RouterStatistics, Routing, TopKRouter
 
@@ -81,7 +81,7 @@ class Decoder(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         dispatcher = dispatcher or DISPATCHERS[config.dispatch]
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, i, dispatcher) for i in range(config.n_layers))
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tied_head else Linear(config.d_model, config.vocab_size)

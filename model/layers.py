@@ -11,6 +11,20 @@ from torch import Tensor, nn
 from openmoe.model.config import ModelConfig
 
 
+class Embedding(nn.Module):
+    """One row of weight `[vocab_size, d_model]` for each token.
+
+    nn.Embedding would fill it on the meta device too, for which torch loads its compiler: a second at each start.
+    """
+
+    def __init__(self, vocab_size: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
 class Linear(nn.Module):
     """y = x W^T without bias; weight `[out, in]`, cast to the dtype of x."""
 
