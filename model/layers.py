@@ -14,7 +14,7 @@ from openmoe.model.config import ModelConfig
 class Embedding(nn.Module):
     """One row of weight `[vocab_size, d_model]` for each token.
 
-    nn.Embedding would fill it on the meta device too, for which torch loads its compiler: a second at each start.
+    nn.Embedding would fill it on the meta device too, for which torch loads its compiler: a second a start.
     """
 
     def __init__(self, vocab_size: int, d_model: int) -> None:
