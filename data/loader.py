@@ -39,7 +39,6 @@ class StepBatch:
     source_text_tokens: dict[str, int]
     # Non-padding row positions of each source.
     source_tokens: dict[str, int]
-    source_examples: dict[str, int]
     # How often each source has been gone through after this step, e.g. 1.25.
     source_epochs: dict[str, float]
 
@@ -116,13 +115,12 @@ class Loader:
 
     def _build(self, plan: StepPlan) -> StepBatch:
         names = self.source_names
-        text_tokens, tokens, examples = ([0] * len(names) for _ in range(3))
+        text_tokens, tokens = [0] * len(names), [0] * len(names)
         loss_tokens = 0
         for row in plan.rows:
             for example in row:
                 text_tokens[example.source] += example.size.raw_tokens
                 tokens[example.source] += example.row_tokens
-                examples[example.source] += 1
                 loss_tokens += example.size.target_tokens
         return StepBatch(
             step=plan.step,
@@ -136,7 +134,6 @@ class Loader:
             loss_tokens=loss_tokens,
             source_text_tokens=dict(zip(names, text_tokens, strict=True)),
             source_tokens=dict(zip(names, tokens, strict=True)),
-            source_examples=dict(zip(names, examples, strict=True)),
             source_epochs=dict(zip(names, plan.epochs, strict=True)),
         )
 

@@ -4,7 +4,7 @@ A row holds whole examples one after the other: inputs ++ targets each, shifted 
 each, loss on the targets only, segment ids from 1, padding 0.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -50,17 +50,3 @@ def fill_row(
             prefix[start : middle + 1] = True
         sources[start:stop] = source
         start = stop
-
-
-def next_fit(lengths: Iterable[int], row_length: int) -> Iterator[list[int]]:
-    """Indices of the examples of each row: a row is closed by the first example that doesn't fit."""
-    row: list[int] = []
-    used = 0
-    for index, length in enumerate(lengths):
-        if row and used + length > row_length:
-            yield row
-            row, used = [], 0
-        row.append(index)
-        used += length
-    if row:
-        yield row

@@ -12,7 +12,7 @@ import numpy as np
 
 from openmoe.data.rng import IndexPermutation, mix_bits, random_key
 from openmoe.data.shards import TokenShard
-from openmoe.data.ul2 import EOS
+from openmoe.data.tokenizer import EOS
 
 # Documents whose order and chunks are worked out at once.
 _BLOCK_DOCUMENTS = 1024

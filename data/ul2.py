@@ -10,8 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from openmoe.data.rng import RandomKey
-
-EOS = 1
+from openmoe.data.tokenizer import EOS
 
 
 class Denoiser(NamedTuple):

@@ -31,6 +31,8 @@ def test_the_newest_are_kept_and_milestones_for_good(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, CheckpointConfig(keep=2))
     for step in range(1, 13):
         save(manager, step, milestone=step in (3, 8))
+        if step == 9:  # a milestone among the newest takes nobody's place
+            assert names(manager) == ["step_3", "step_7", "step_8", "step_9"]
     assert names(manager) == ["step_3", "step_8", "step_11", "step_12"]
     manager = CheckpointManager(tmp_path, CheckpointConfig(keep=0))
     for step in range(13, 16):

@@ -162,6 +162,14 @@ def test_text_goes_on_across_the_switch(prepared: PreparedData, config: DataConf
         np.testing.assert_array_equal(one.arrays["target_tokens"], other.arrays["target_tokens"])
 
 
+def examples_of(batch: StepBatch, source: str) -> int:
+    """Segments of the batch's rows that come from `source`; the sources are numbered by name."""
+    index = sorted(MIX_ONE.keys() | MIX_TWO.keys()).index(source)
+    segments, sources = batch.arrays["segment_ids"], batch.arrays["source_ids"]
+    begins = np.diff(segments, prepend=0) > 0
+    return int((begins & (sources == index)).sum())
+
+
 @pytest.mark.parametrize("mix_rates", ["per_token", "per_example"])
 @pytest.mark.parametrize("objective", ["ul2", "causal_lm"])
 def test_the_realised_mix_keeps_to_its_rates(
@@ -177,9 +185,10 @@ def test_the_realised_mix_keeps_to_its_rates(
     for mix, part in ((MIX_ONE, batches[:100]), (MIX_TWO, batches[100:])):
         given = dict.fromkeys(mix, 0)
         for batch in part:
-            counts = batch.source_text_tokens if mix_rates == "per_token" else batch.source_examples
-            for name, count in counts.items():
-                given[name] += count
+            for name in given:
+                given[name] += (
+                    batch.source_text_tokens[name] if mix_rates == "per_token" else examples_of(batch, name)
+                )
             total = sum(given.values())
             for name, rate in mix.items():
                 assert abs(given[name] - rate * total) <= 2 * largest
@@ -270,6 +279,9 @@ def test_a_state_of_other_data_is_refused(
         loader(other, config).load_state_dict(state)
     with pytest.raises(DataError, match=r"agree in train\.global_batch_rows: saved with 6, now 5"):
         loader(prepared, config, global_batch_rows=5).load_state_dict(state)
+    changed = config.model_copy(update={"row_end_eos": not config.row_end_eos})
+    with pytest.raises(DataError, match=r"agree in data\.row_end_eos: saved with False, now True"):
+        loader(prepared, changed).load_state_dict(state)
     with pytest.raises(DataError, match="not one of this program"):
         loader(prepared, config).load_state_dict(state | {"plan": {}})
 

@@ -1,5 +1,7 @@
 """Who may write into a run's folder."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from openmoe.launcher.entry import load_config
 from openmoe.launcher.errors import ConfigError
 from openmoe.launcher.run_folder import sole_writer
 from openmoe.launcher.train import train
+from openmoe.train.metrics import WandbWriter
 
 from .commands import Commands
 from .conftest import Small, lines
@@ -51,3 +54,16 @@ def test_a_branch_gets_its_own_wandb_page(small: Small, commands: Commands, tmp_
     assert code == 0, stderr
     pages = [next((tmp_path / run / "wandb").glob("offline-run-*")).name[-8:] for run in ("a", "b")]
     assert pages[0] != pages[1]
+
+
+def test_a_signal_while_closing(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a second SIGTERM (SLURM sends several) while W&B closes turns a saved run's exit code into 143."""
+    escaped: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda number, _: escaped.append(number))
+    monkeypatch.setattr(WandbWriter, "close", lambda self, code: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        train(load_config(small(tmp_path / "run", "train.steps=2")))
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert not escaped
+    assert (tmp_path / "run" / "checkpoints" / "step_2").is_dir()

@@ -6,7 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from openmoe.data.packing import empty_batch, fill_row, next_fit
+from openmoe.data.config import DataConfig, PhaseConfig
+from openmoe.data.curriculum import Curriculum
+from openmoe.data.objectives import ExampleSize
+from openmoe.data.packing import Example, empty_batch, fill_row
+from openmoe.data.plan import Planner
+from openmoe.data.rng import RandomKey, random_key
+from openmoe.data.sources import Position
 
 from .golden import golden_files
 
@@ -26,6 +32,38 @@ def positions_in_segments(segment_ids: np.ndarray) -> np.ndarray:
     )
 
 
+class GivenExamples:
+    """Source and objective in one: the examples of a golden case, then one that fits into no row."""
+
+    name, documents, joins_with_eos = "given", 1, False
+
+    def __init__(self, examples: list[Example]) -> None:
+        self._examples = examples
+        self._number = {random_key("example", 0, self.name, i): i for i in range(len(examples))}
+
+    def measure(self, key: RandomKey, available_tokens: int | None = None) -> ExampleSize:
+        number = self._number.get(key)
+        if number is None:
+            return ExampleSize(1, 10**6, 1)
+        given, learned = self._examples[number]
+        return ExampleSize(1, len(given), len(learned))
+
+    def build(self, tokens: np.ndarray, key: RandomKey) -> Example:
+        return self._examples[self._number[key]]
+
+    def skip(self, position: Position, count: int, join_eos: bool) -> Position:
+        return position
+
+
+def packed_rows(examples: list[Example], rows: int, row_length: int) -> list[list[int]]:
+    """Which examples our planner puts into each row of a step."""
+    given = GivenExamples(examples)
+    phase = PhaseConfig(mix={"given": 1.0}, objective="ul2")
+    curriculum = Curriculum([phase], row_length, rows)
+    planner = Planner(curriculum, [given], [given], DataConfig(), row_length, rows, seed=0)  # type: ignore[list-item]
+    return [[given._number[example.key] for example in row] for row in planner.plan_step().rows]
+
+
 @pytest.mark.parametrize("path", golden_files("feature_converter*.json"), ids=lambda path: path.stem)
 def test_rows(path: Path) -> None:
     """Catches loss on inputs, a wrong shift or BOS, other packing, and a prefix that is one too short."""
@@ -38,8 +76,10 @@ def test_rows(path: Path) -> None:
             (np.array(e["inputs"] if case["with_inputs"] else [], np.int32), np.array(e["targets"], np.int32))
             for e in case["examples"]
         ]
-        lengths = [len(given) + len(learned) for given, learned in examples]
-        rows = list(next_fit(lengths, row_length)) if case["pack"] else [[i] for i in range(len(examples))]
+        rows = [[i] for i in range(len(examples))]
+        if case["pack"]:
+            rows = packed_rows(examples, len(case["converted"]), row_length)
+        assert sorted(i for row in rows for i in row) == list(range(len(examples)))
         assert len(rows) == len(case["converted"])
         batch = empty_batch(len(rows), row_length)
         for index, row in enumerate(rows):
