@@ -32,6 +32,39 @@ class TokenizerConfig(_Section):
     sample_bytes_per_source: int = Field(default=1_500_000, ge=1, le=2**31)
 
 
+class DenoiserConfig(_Section):
+    """One kind of UL2 example (a row of Table 2)."""
+
+    # Put before the inputs, as ordinary text.
+    mode: Annotated[str, Field(max_length=64)]
+    # Mean length of a corrupted span, tokens; null is the prefix language model.
+    mean_span: float | None = Field(ge=1, le=1e6)
+    # Share of the tokens that is corrupted; 0 for the prefix language model.
+    density: float = Field(ge=0, lt=1)
+    # Relative share of the examples; need not sum to one.
+    rate: float = Field(ge=0, le=1e9)
+
+    @model_validator(mode="after")
+    def _check(self) -> "DenoiserConfig":
+        if (self.mean_span is None) != (self.density == 0):
+            raise ValueError(
+                f"mean_span={self.mean_span} with density={self.density}; a prefix LM has mean_span null and "
+                "density 0, a span denoiser a mean_span and a density above 0"
+            )
+        return self
+
+
+# Table 2 (Tay et al. 2022).
+TABLE_2 = (
+    DenoiserConfig(mode="[NLU] ", mean_span=3.0, density=0.15, rate=0.1),
+    DenoiserConfig(mode="[NLU] ", mean_span=8.0, density=0.15, rate=0.1),
+    DenoiserConfig(mode="[NLG] ", mean_span=3.0, density=0.5, rate=0.1),
+    DenoiserConfig(mode="[NLG] ", mean_span=8.0, density=0.5, rate=0.1),
+    DenoiserConfig(mode="[NLG] ", mean_span=64.0, density=0.5, rate=0.1),
+    DenoiserConfig(mode="[S2S] ", mean_span=None, density=0.0, rate=0.5),
+)
+
+
 class DataConfig(_Section):
     """Sources, cache, tokenizer and the choices that the paper leaves open."""
 
@@ -50,6 +83,16 @@ class DataConfig(_Section):
     document_chunk_tokens: int = Field(default=65_536, gt=0, le=2**31 - 1)
     # Causal LM: replace the last token of every row by EOS, as the released pre-processing does.
     row_end_eos: bool = False
+    # UL2: put each denoiser's mode string before its inputs.
+    mode_strings: bool = True
+    # The kinds of UL2 example and their shares.
+    denoisers: list[DenoiserConfig] = Field(default=list(TABLE_2), min_length=1, max_length=64)
+    # Positions an example may take; null is train.seq_len. Packing `dense` needs a part of train.seq_len.
+    example_tokens: int | None = Field(default=None, gt=0, le=2**31 - 1)
+    # released: next-fit, which is one example a row; dense: as many examples as fit into a long row.
+    packing: Literal["released", "dense"] = "released"
+    # What to do where a run reads a source more than once: nothing, say so at the start, or refuse to start.
+    repetition: Literal["allow", "warn", "forbid"] = "warn"
 
 
 class PhaseConfig(_Section):
@@ -59,6 +102,8 @@ class PhaseConfig(_Section):
     until_tokens: int | None = Field(default=None, gt=0, le=LARGEST_COUNT)
     # ... or after this many steps of the whole run. One of the two; the last phase may have neither.
     until_steps: int | None = Field(default=None, gt=0, le=LARGEST_COUNT)
+    # Over this many steps the rates go linearly from the previous phase's mix to this one's; 0 switches at once.
+    ramp_steps: int = Field(default=0, ge=0, le=LARGEST_COUNT)
     # Relative rate of each source; need not sum to one.
     mix: dict[SourceName, Annotated[float, Field(ge=0, le=1e9)]] = Field(min_length=1)
     objective: ObjectiveName
