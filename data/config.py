@@ -102,7 +102,7 @@ class PhaseConfig(_Section):
     until_tokens: int | None = Field(default=None, gt=0, le=LARGEST_COUNT)
     # ... or after this many steps of the whole run. One of the two; the last phase may have neither.
     until_steps: int | None = Field(default=None, gt=0, le=LARGEST_COUNT)
-    # Over this many steps the rates go linearly from the previous phase's mix to this one's; 0 switches at once.
+    # Steps over which the rates go linearly from the previous phase's mix to this one's; 0 switches at once.
     ramp_steps: int = Field(default=0, ge=0, le=LARGEST_COUNT)
     # Relative rate of each source; need not sum to one.
     mix: dict[SourceName, Annotated[float, Field(ge=0, le=1e9)]] = Field(min_length=1)

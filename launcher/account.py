@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from openmoe.launcher.entry import run_command
+from openmoe.launcher.schema import Config
 from openmoe.model.accounting import (
     PaperFigure,
     active_parameters,
@@ -70,7 +71,7 @@ def _row(name: str, value: str, share: float | None = None) -> str:
 
 
 def main() -> None:
-    run_command(lambda config: print(account(config.model, config.train.seq_len)))
+    run_command(lambda config: print(account(config.model, config.train.seq_len)), Config, "config")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from openmoe.checkpoint.errors import CheckpointError
 from openmoe.data.errors import DataError
 from openmoe.launcher.errors import ConfigError
-from openmoe.launcher.schema import Config, validate
+from openmoe.launcher.schema import Config, Page, validate
 from openmoe.parallel.topology import TopologyError
 from openmoe.train.loop import NonFiniteLoss
 
@@ -23,8 +23,8 @@ CONFIGS = "pkg://openmoe.conf"
 USER_ERRORS = (ConfigError, DataError, CheckpointError, TopologyError)
 
 
-def run_command(task: Callable[[Config], None]) -> None:
-    """Compose the configuration from sys.argv, validate it, run `task`, exit.
+def run_command(task: Callable[[Page], None], page: type[Page], name: str) -> None:
+    """Compose the page conf/`name`.yaml with the overrides of sys.argv, validate it, run `task`, exit.
 
     Exit code 0 on success, 2 with one line for a configuration that can't be run, 3 with one line for
     a failure on the way, 130 where Ctrl-C cut it short.
@@ -32,11 +32,11 @@ def run_command(task: Callable[[Config], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands us its errors and leaves the printing to us
 
     compositions: list[DictConfig] = []  # none for --cfg and --help
-    compose = hydra.main(version_base="1.3", config_path=CONFIGS, config_name="config")(compositions.append)
+    compose = hydra.main(version_base="1.3", config_path=CONFIGS, config_name=name)(compositions.append)
     try:
         compose()
         for composed in compositions:  # outside of Hydra, which adds a line to each error of a task
-            task(to_config(composed))
+            task(to_page(composed, page))
     except USER_ERRORS as error:
         _stop(error, 2)
     except (HydraException, OmegaConfBaseException) as error:
@@ -57,16 +57,16 @@ def load_config(overrides: Sequence[str]) -> Config:
     """The Config of these command-line overrides; raises ConfigError."""
     try:
         with hydra.initialize_config_module("openmoe.conf", version_base="1.3"):
-            return to_config(hydra.compose("config", list(overrides)))
+            return to_page(hydra.compose("config", list(overrides)), Config)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error)) from None
 
 
-def to_config(composed: DictConfig) -> Config:
+def to_page(composed: DictConfig, page: type[Page]) -> Page:
     values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(values, dict)
     values.pop("hydra", None)
-    return validate({str(key): value for key, value in values.items()})
+    return validate({str(key): value for key, value in values.items()}, page)
 
 
 def write_config(config: Config, path: Path) -> None:
@@ -81,7 +81,7 @@ def read_config(path: Path) -> Config:
     try:
         composed = OmegaConf.load(path)
         assert isinstance(composed, DictConfig)
-        return to_config(composed)
+        return to_page(composed, Config)
     except (OSError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: {_one_line(error)}") from None
 

@@ -31,7 +31,7 @@ SAMPLE_TEMPERATURE = 0.6
 
 
 def main() -> None:
-    run_command(lambda config: report(Path(config.run.dir)))
+    run_command(lambda config: report(Path(config.run.dir)), Config, "config")
 
 
 def report(run_dir: Path) -> None:

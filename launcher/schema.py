@@ -1,6 +1,6 @@
 """The whole configuration: each room defines its section beside what it configures; here they meet."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -12,6 +12,8 @@ from openmoe.optim.config import OptimConfig
 from openmoe.parallel.config import ParallelConfig
 from openmoe.train.config import TrainConfig
 from openmoe.train.logging_config import LoggingConfig
+
+Page = TypeVar("Page", bound=BaseModel)
 
 
 class RunConfig(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf_nan=False):
@@ -54,12 +56,12 @@ class Config(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf_nan=
         return self
 
 
-def validate(values: dict[str, Any]) -> Config:
-    """The composed values as a Config.
+def validate(values: dict[str, Any], page: type[Page]) -> Page:
+    """The composed values as a page of configuration.
 
     Raises ConfigError with one line naming key, value and what is allowed.
     """
     try:
-        return Config.model_validate(values)
+        return page.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(describe(error, Config)) from None
+        raise ConfigError(describe(error, page)) from None

@@ -31,7 +31,7 @@ from openmoe.train.throughput import peak_flops
 
 
 def main() -> None:
-    run_command(train)
+    run_command(train, Config, "config")
 
 
 def train(config: Config) -> None:

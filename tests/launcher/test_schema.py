@@ -141,7 +141,7 @@ def test_a_bad_value_is_named_in_one_line(page: dict[str, Any], data: st.DataObj
     else:
         owner[path[-1]] = value
     with pytest.raises(ConfigError) as caught:
-        validate(values)
+        validate(values, Config)
     message = str(caught.value)
     assert len(message.splitlines()) == 1, message
     assert len(message) < 1000
