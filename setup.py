@@ -50,6 +50,7 @@ setup(
             "openmoe-train=openmoe.launcher.train:main",
             "openmoe-account=openmoe.launcher.account:main",
             "openmoe-report=openmoe.launcher.report:main",
+            "openmoe-tokenizer=openmoe.launcher.tokenizer:main",
         ]
     },
 )
