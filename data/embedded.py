@@ -16,7 +16,8 @@ from functools import cache
 from pathlib import Path
 
 from openmoe.data.errors import DataError
-from openmoe.data.raw import RawSource, Split
+from openmoe.data.raw import RawSource
+from openmoe.data.shards import Split
 
 NAMES = ("code", "docstrings", "manual")
 

@@ -11,16 +11,30 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
 from openmoe.data.cache import build_once, cache_folder
 from openmoe.data.config import DataConfig
 from openmoe.data.embedded import embedded_sources
 from openmoe.data.errors import DataError
-from openmoe.data.raw import RawSource, Split, folder_sources
-from openmoe.data.shards import SPLITS, PreparedSource, ShardWriter, open_source, write_manifest
+from openmoe.data.raw import RawSource, folder_sources
+from openmoe.data.shards import (
+    SPLITS,
+    TOKENIZER,
+    PreparedSource,
+    ShardWriter,
+    Split,
+    is_prepared,
+    open_sources,
+    part_folder,
+    read_manifest,
+    shard_files,
+    write_manifest,
+)
 from openmoe.data.tokenizer import Tokenizer, encoding_threads, load_tokenizer, train_tokenizer
 
 # Part of every cache key: raise it when the files or their content change for the same input.
-_FORMAT = 1
+_FORMAT = 2
 # Documents handed to the tokenizer at once, and the ones among which at least one is held back.
 _BATCH_DOCUMENTS = 256
 # Work longer than this gets a progress line.
@@ -35,10 +49,10 @@ class PreparedData:
     sources: dict[str, PreparedSource]
 
     @property
-    def fingerprint(self) -> dict[str, str]:
-        """sha256 of the tokenizer and of each source, by name: equal exactly where all tokens are."""
+    def fingerprint(self) -> dict[str, str | list[str]]:
+        """sha256 of the tokenizer and of each source's parts, by name: equal exactly where all tokens are."""
         return {"tokenizer": self.tokenizer.sha256} | {
-            f"source {name}": source.sha256 for name, source in self.sources.items()
+            f"source {name}": list(source.sha256) for name, source in self.sources.items()
         }
 
 
@@ -50,20 +64,51 @@ def prepare(
     `vocab_limit` is the number of rows of the model's embedding. Raises DataError for anything wrong with the
     sources, the tokenizer or its size. Safe to call from several processes at once.
     """
+    if config.root is not None and is_prepared(Path(config.root)):
+        return _open_prepared(config, vocab_limit, sources)
     raw_sources = embedded_sources(sources) if config.root is None else folder_sources(config.root, sources)
     cache = cache_folder(config.cache_dir)
     tokenizer = _tokenizer(config, raw_sources, cache)
+    _check_fits(tokenizer, vocab_limit)
+    prepared: dict[str, PreparedSource] = {}
+    for raw in raw_sources:
+        key = _key("tokens", raw.sha256, tokenizer.sha256, config.validation_fraction)
+        folder = build_once(cache / f"tokens-{key}", partial(_tokenise, raw, tokenizer, config))
+        prepared |= open_sources(folder)
+    return PreparedData(tokenizer, prepared)
+
+
+def _check_fits(tokenizer: Tokenizer, vocab_limit: int | None) -> None:
     if vocab_limit is not None and tokenizer.size > vocab_limit:
         raise DataError(
             f"the tokenizer has {tokenizer.size} ids, sentinels included, but the model's vocabulary only "
             f"{vocab_limit} rows"
         )
-    prepared = {}
-    for raw in raw_sources:
-        key = _key("tokens", raw.sha256, tokenizer.sha256, config.validation_fraction)
-        folder = build_once(cache / f"tokens-{key}", partial(_tokenise, raw, tokenizer, config))
-        prepared[raw.name] = open_source(folder, raw.name)
-    return PreparedData(tokenizer, prepared)
+
+
+def _open_prepared(
+    config: DataConfig, vocab_limit: int | None, sources: Sequence[str] | None
+) -> PreparedData:
+    """What the command `prepare` left in data.root."""
+    folder = Path(str(config.root))
+    sha256 = read_manifest(folder)["tokenizer"]["sha256"]
+    tokenizer = load_tokenizer(str(folder / TOKENIZER))
+    if tokenizer.sha256 != sha256:
+        raise DataError(
+            f"{folder / TOKENIZER} is not the tokenizer that data.root={folder} was prepared with"
+        )
+    given = config.tokenizer.path
+    if given is not None and load_tokenizer(given).sha256 != sha256:
+        raise DataError(
+            f"data.tokenizer.path={given} is another tokenizer than the one data.root={folder} was prepared "
+            "with; leave it null, or prepare the text again"
+        )
+    _check_fits(tokenizer, vocab_limit)
+    found = open_sources(folder)
+    for name in sources or ():
+        if name not in found:
+            raise DataError(f"source {name!r} is not in data.root={folder}; there are {', '.join(found)}")
+    return PreparedData(tokenizer, {name: found[name] for name in sorted(set(sources or found))})
 
 
 def _key(*parts: object) -> str:
@@ -125,7 +170,9 @@ def _hash_place(purpose: str, text: str) -> float:
 
 
 def _tokenise(raw: RawSource, tokenizer: Tokenizer, config: DataConfig, folder: Path) -> None:
-    writers = {split: ShardWriter(folder / split) for split in SPLITS}
+    part = part_folder(folder, raw.name, 0)
+    part.mkdir(parents=True)
+    writers = {split: ShardWriter(shard_files(part, 0, split)) for split in SPLITS}
     progress = _Progress(f"tokenising {raw.name}", raw.size_bytes)
     threads = encoding_threads()
     documents = split_documents(raw, config.validation_fraction)
@@ -133,24 +180,14 @@ def _tokenise(raw: RawSource, tokenizer: Tokenizer, config: DataConfig, folder: 
         texts = [text for _, text in batch]
         for (split, _), ids in zip(batch, tokenizer.encode_batch(texts, threads), strict=True):
             if ids:
-                writers[split].add(ids)
+                writers[split].add(np.array(ids, np.int32), np.array([len(ids)]))
         progress.add(sum(map(len, texts)))
     entries = {split: writer.close() for split, writer in writers.items()}
     for split, entry in entries.items():
         if not entry["tokens"]:
             kind = "training" if split == "train" else "held-back"
             raise DataError(f"source {raw.name!r} is empty: it has no {kind} text")
-    manifest = {
-        "format": _FORMAT,
-        "source": raw.name,
-        "raw_sha256": raw.sha256,
-        "tokenizer_sha256": tokenizer.sha256,
-        "tokenizer_size": tokenizer.size,
-        "validation_fraction": config.validation_fraction,
-        "python": sys.version,
-        "splits": entries,
-    }
-    write_manifest(folder, manifest)
+    write_manifest(folder, {"sources": {raw.name: {"parts": [{"shards": [entries]}]}}})
 
 
 class _Progress:

@@ -13,11 +13,10 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from openmoe.data.errors import DataError
+from openmoe.data.shards import Split
 
-Split = Literal["train", "valid"]
 SUFFIXES = (".jsonl", ".parquet", ".txt")
 
 

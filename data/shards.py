@@ -1,36 +1,56 @@
-"""Tokens on disk: one flat int32 file per source and split, with the index of its documents.
+"""Tokens on disk: what a prepared folder holds, and how it is opened.
 
-FOLDER/manifest.json                counts, sizes and sha256 of what follows
-FOLDER/{train,valid}/tokens.bin     int32, all documents one after the other, no separators
-FOLDER/{train,valid}/offsets.npy    int64 [documents + 1], where each document starts
+    FOLDER/manifest.json                                counts, sizes and sha256 of all that follows
+    FOLDER/tokenizer.model
+    FOLDER/SOURCE/part_0000/00000_train_tokens.bin      int32, documents one after the other, no separators
+    FOLDER/SOURCE/part_0000/00000_train_offsets.bin     int64 [documents + 1], where each document starts
+    FOLDER/SOURCE/part_0000/00000_valid_...             the same for held-back text
+
+A source has one part for each time text was added to it, a part has shards in order, and a document lies in
+one shard. Both files are little-endian and have no header. Only what the manifest names counts.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from openmoe.data.errors import DataError
-from openmoe.data.raw import Split
 
+Split = Literal["train", "valid"]
 SPLITS: tuple[Split, ...] = ("train", "valid")
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+# Names a manifest of ours; `version` counts up where old folders can no longer be read.
+_FORMAT = {"format": "openmoe tokens", "version": 1}
 
 
 @dataclass(frozen=True)
 class TokenShard:
-    """One split of one source, memory-mapped."""
+    """One split of one shard, on disk."""
 
-    # int32 [tokens]
-    tokens: np.ndarray
-    # int64 [documents + 1]
-    offsets: np.ndarray
+    tokens_path: Path
+    offsets_path: Path
+    documents: int
+    tokens: int
 
-    @property
-    def documents(self) -> int:
-        return len(self.offsets) - 1
+    def map_tokens(self) -> np.ndarray:
+        """int32 [tokens], a read-only map."""
+        return np.asarray(np.memmap(self.tokens_path, "<i4", "r"))
+
+    def map_offsets(self) -> np.ndarray:
+        """int64 [documents + 1], a read-only map: where each document starts, and where the last one ends."""
+        return np.asarray(np.memmap(self.offsets_path, "<i8", "r"))
+
+
+# The shards of one part in order; those that hold no document of the split are left out.
+Part = tuple[TokenShard, ...]
 
 
 @dataclass(frozen=True)
@@ -38,67 +58,192 @@ class PreparedSource:
     """One source, ready to read."""
 
     name: str
-    splits: dict[Split, TokenShard]
-    # sha256 over the tokens of both splits and their documents: the same data has the same one anywhere.
-    sha256: str
+    # The same number of parts in each split; a part may hold no document of a split.
+    splits: dict[Split, tuple[Part, ...]]
+    # One for each part, over the tokens and documents of both splits: equal wherever the data is.
+    sha256: tuple[str, ...]
+
+
+class ShardFiles(NamedTuple):
+    """Where one split of one shard lies."""
+
+    tokens: Path
+    offsets: Path
+
+
+def part_folder(folder: Path, source: str, part: int) -> Path:
+    return folder / source / f"part_{part:04}"
+
+
+def shard_files(folder: Path, number: int, split: Split) -> ShardFiles:
+    """The files of shard `number` of the part in `folder`."""
+    stem = f"{number:05}_{split}"
+    return ShardFiles(folder / f"{stem}_tokens.bin", folder / f"{stem}_offsets.bin")
+
+
+def is_prepared(folder: Path) -> bool:
+    """Does `folder` hold prepared tokens (and no raw text)? Its manifest tells."""
+    try:
+        return (folder / MANIFEST).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def write_manifest(folder: Path, values: dict[str, Any]) -> None:
+    """Put the manifest of `values` in the place of the old one, in one step."""
+    fresh = folder / f".{MANIFEST}.new"
+    with fresh.open("w") as file:
+        file.write(json.dumps(_FORMAT | values, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, folder / MANIFEST)
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make what was renamed into `folder` outlast a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of `folder`. Raises DataError where it is none that this version can read."""
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} can't be read: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or {key: values.get(key) for key in _FORMAT} != _FORMAT:
+        raise DataError(f"{path} is not of {_FORMAT['format']}, version {_FORMAT['version']}")
+    return values
+
+
+def open_sources(folder: Path) -> dict[str, PreparedSource]:
+    """The sources of a prepared folder by name; looks at sizes and at both ends of each index, not at tokens.
+
+    Raises DataError where a file is missing, has another size than the manifest says, or an index that
+    does not belong to its shard.
+    """
+    manifest = read_manifest(folder)
+    try:
+        return {
+            name: _open_source(folder, name, entry["parts"]) for name, entry in manifest["sources"].items()
+        }
+    except (OSError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"prepared data in {folder} is damaged ({error!r}); prepare it again") from None
+
+
+def _open_source(folder: Path, name: str, parts: list[dict[str, Any]]) -> PreparedSource:
+    splits: dict[Split, tuple[Part, ...]] = {
+        split: tuple(
+            tuple(
+                _open_shard(shard_files(part_folder(folder, name, number), index, split), shard[split])
+                for index, shard in enumerate(part["shards"])
+                if shard[split]["documents"]
+            )
+            for number, part in enumerate(parts)
+        )
+        for split in SPLITS
+    }
+    identities = (json.dumps(part["shards"], sort_keys=True) for part in parts)
+    return PreparedSource(
+        name, splits, tuple(hashlib.sha256(identity.encode()).hexdigest() for identity in identities)
+    )
+
+
+def _open_shard(files: ShardFiles, entry: dict[str, Any]) -> TokenShard:
+    documents, tokens = entry["documents"], entry["tokens"]
+    for path, expected in ((files.tokens, 4 * tokens), (files.offsets, 8 * (documents + 1))):
+        try:
+            size_bytes = path.stat().st_size
+        except OSError as error:
+            raise DataError(f"{path} is missing: {error.strerror}; prepare the data again") from None
+        if size_bytes != expected:
+            what = "cut short" if size_bytes < expected else "too long"
+            raise DataError(
+                f"{path} is {what}: {size_bytes} bytes, the manifest says {expected}; prepare the data again"
+            )
+    with files.offsets.open("rb") as file:
+        first = int.from_bytes(file.read(8), "little", signed=True)
+        file.seek(8 * documents)
+        last = int.from_bytes(file.read(8), "little", signed=True)
+    if (first, last) != (0, tokens):
+        raise DataError(
+            f"{files.offsets} is not the index of its shard: it goes from {first} to {last}, the shard has "
+            f"{tokens} tokens; prepare the data again"
+        )
+    return TokenShard(files.tokens, files.offsets, documents, tokens)
+
+
+def verify(folder: Path) -> Iterator[Path]:
+    """Read every file that the manifest names, yielding its path once its sha256 has proved right.
+
+    Raises DataError for one that differs.
+    """
+    manifest = read_manifest(folder)
+    open_sources(folder)
+    yield _same_sha256(folder / TOKENIZER, manifest["tokenizer"]["file_sha256"])
+    for name, source in manifest["sources"].items():
+        for number, part in enumerate(source["parts"]):
+            for index, shard in enumerate(part["shards"]):
+                for split in SPLITS:
+                    if shard[split]["documents"]:
+                        files = shard_files(part_folder(folder, name, number), index, split)
+                        yield _same_sha256(files.tokens, shard[split]["tokens_sha256"])
+                        yield _same_sha256(files.offsets, shard[split]["offsets_sha256"])
+
+
+def _same_sha256(path: Path, expected: str) -> Path:
+    found = file_sha256(path)
+    if found != expected:
+        raise DataError(f"{path} has changed: sha256 {found}, the manifest says {expected}")
+    return path
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class ShardWriter:
-    """Writes one split document by document."""
+    """Writes one split of one shard, batch by batch."""
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self._folder = folder
-        self._file = (folder / "tokens.bin").open("wb")
-        self._lengths: list[int] = []
+    def __init__(self, files: ShardFiles) -> None:
+        self._files = files
+        # Names of this process's own: one that was killed may be writing its last bytes still.
+        self._fresh = ShardFiles(*(path.with_name(f".{os.getpid()}-{path.name}") for path in files))
+        self._file = self._fresh.tokens.open("wb")
+        self._digest = hashlib.sha256()
+        self._lengths: list[np.ndarray] = []
 
-    def add(self, ids: Sequence[int]) -> None:
-        """Append one document."""
-        np.asarray(ids, np.int32).tofile(self._file)
-        self._lengths.append(len(ids))
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents: int32 [tokens] one after the other, int64 [documents] the length of each."""
+        data = tokens.astype("<i4", copy=False).data
+        self._file.write(data)
+        self._digest.update(data)
+        self._lengths.append(lengths)
 
     def close(self) -> dict[str, int | str]:
-        """Finish the files; returns their manifest entry."""
-        self._file.close()
-        offsets = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)]).astype(np.int64)
-        np.save(self._folder / "offsets.npy", offsets)
+        """Finish the files and name them, if there is any document; returns the manifest entry."""
+        offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *self._lengths]), dtype="<i8")
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        with self._fresh.offsets.open("wb") as file:
+            file.write(offsets.data)
+            file.flush()
+            os.fsync(file.fileno())
+        for fresh, final in zip(self._fresh, self._files, strict=True):
+            if len(offsets) > 1:
+                os.replace(fresh, final)
+            else:
+                fresh.unlink()
         return {
-            "documents": len(self._lengths),
+            "documents": len(offsets) - 1,
             "tokens": int(offsets[-1]),
-            "tokens_sha256": _file_sha256(self._folder / "tokens.bin"),
-            "offsets_sha256": hashlib.sha256(offsets.tobytes()).hexdigest(),
+            "tokens_sha256": self._digest.hexdigest(),
+            "offsets_sha256": hashlib.sha256(offsets.data).hexdigest(),
         }
-
-
-def write_manifest(folder: Path, manifest: dict) -> None:
-    """Write `manifest.json`; `manifest["splits"]` holds what the writers returned."""
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-
-
-def open_source(folder: Path, name: str) -> PreparedSource:
-    """Memory-map what was written to `folder`. Raises DataError where sizes don't match the manifest."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        splits = {split: _open_shard(folder / split, manifest["splits"][split]) for split in SPLITS}
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"prepared data of source {name!r} in {folder} is damaged ({error}); "
-            "delete that folder to prepare it again"
-        ) from None
-    identity = json.dumps(manifest["splits"], sort_keys=True)
-    return PreparedSource(name, splits, hashlib.sha256(identity.encode()).hexdigest())
-
-
-def _open_shard(folder: Path, entry: dict) -> TokenShard:
-    offsets = np.load(folder / "offsets.npy", mmap_mode="r")
-    size_bytes = (folder / "tokens.bin").stat().st_size
-    if size_bytes != 4 * entry["tokens"]:
-        raise ValueError(f"tokens.bin has {size_bytes} bytes, the manifest says {4 * entry['tokens']}")
-    if len(offsets) != entry["documents"] + 1 or offsets[-1] != entry["tokens"]:
-        raise ValueError("offsets.npy does not match the manifest")
-    return TokenShard(np.memmap(folder / "tokens.bin", np.int32, "r"), offsets)
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
