@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+# Step of splitmix64's counter.
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
 
 class RandomKey(NamedTuple):
     """Four 64-bit words. The first two serve single draws, the last two seed the stream of `bits`."""
@@ -33,10 +36,23 @@ def random_key(*parts: str | int) -> RandomKey:
 
 def mix_bits(words: np.ndarray) -> np.ndarray:
     """Scramble uint64 words one by one (the finaliser of splitmix64, Steele et al. 2014)."""
-    words = words + np.uint64(0x9E3779B97F4A7C15)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+    words = words + _GAMMA
+    words ^= words >> np.uint64(30)
+    words *= np.uint64(0xBF58476D1CE4E5B9)
+    words ^= words >> np.uint64(27)
+    words *= np.uint64(0x94D049BB133111EB)
+    words ^= words >> np.uint64(31)
+    return words
+
+
+def random_words(seeds: np.ndarray, count: int) -> np.ndarray:
+    """`count` random words for each seed; uint64 [n] -> uint32 [n, count].
+
+    The halves of splitmix64's sequence from that seed, low half first.
+    """
+    steps = np.arange((count + 1) // 2, dtype=np.uint64) * _GAMMA
+    words = mix_bits(seeds[:, np.newaxis] + steps)
+    return words.astype("<u8", copy=False).view("<u4")[:, :count]
 
 
 class IndexPermutation:

@@ -1,41 +1,24 @@
-"""UL2: the six denoisers of the paper's Table 2 (Tay et al. 2022), as in the released pre-processing.
+"""Span corruption and prefix splits as in T5 (Raffel et al. 2020), many examples at a time.
 
 Sizes, rounding and the form of the masks equal T5's `random_spans_*` functions to the integer; only the
-random bits are ours. Facts 5.3.
+random bits are ours. Facts 5.3. All examples of a call have the same length and so the same number of noise
+tokens and spans; what differs is where the spans lie, and each example has that from its own random word.
 """
 
+from bisect import bisect_right
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 
-from openmoe.data.rng import RandomKey
-from openmoe.data.tokenizer import EOS
-
-
-class Denoiser(NamedTuple):
-    """One row of Table 2. `mean_span` None is the prefix language model."""
-
-    mode: str
-    mean_span: float | None
-    density: float
-    rate: float
-
-
-DENOISERS = (
-    Denoiser("[NLU] ", 3.0, 0.15, 0.1),
-    Denoiser("[NLU] ", 8.0, 0.15, 0.1),
-    Denoiser("[NLG] ", 3.0, 0.5, 0.1),
-    Denoiser("[NLG] ", 8.0, 0.5, 0.1),
-    Denoiser("[NLG] ", 64.0, 0.5, 0.1),
-    Denoiser("[S2S] ", None, 0.0, 0.5),
-)
+from openmoe.data.rng import mix_bits, random_words
 
 
 def random_spans_helper(inputs_length: int, mean_span: float, density: float) -> tuple[int, int]:
     """Raw tokens that fill `inputs_length` after corruption, EOS included, and the length of their targets.
 
-    Counts one sentinel per span and one EOS on either side.
+    Counts one sentinel per span and one EOS on either side. Never fewer than `inputs_length` tokens, even
+    where the EOS doesn't fit then. Targets that would be longer than that cost one token at density 0.5, as in
+    T5, and as many as it takes at higher densities, which T5 doesn't provide for.
     """
 
     def lengths(tokens: int) -> tuple[int, int]:
@@ -43,14 +26,15 @@ def random_spans_helper(inputs_length: int, mean_span: float, density: float) ->
         spans = round(noise / mean_span)
         return tokens - noise + spans + 1, noise + spans + 1
 
-    tokens = inputs_length
-    while lengths(tokens + 1)[0] <= inputs_length:
-        tokens += 1
-    targets_length = lengths(tokens)[1]
-    # At density 0.5 the targets may come out one longer than the inputs: T5 drops one token instead.
-    if density == 0.5 and targets_length > inputs_length:
-        return tokens - 1, targets_length - 1
-    return tokens, targets_length
+    candidates = range(2 * inputs_length)  # with more, one of the two would be too long
+    fitting = bisect_right(candidates, inputs_length, key=lambda tokens: lengths(tokens)[0]) - 1
+    tokens = max(inputs_length, fitting)
+    targets = lengths(tokens)[1]
+    if density == 0.5 and targets > inputs_length:
+        return tokens - 1, targets - 1
+    while density > 0.5 and lengths(tokens)[1] > inputs_length:
+        tokens -= 1
+    return tokens, lengths(tokens)[1]
 
 
 @lru_cache(maxsize=1024)
@@ -67,66 +51,81 @@ def noise_counts(length: int, mean_span: float, density: float) -> tuple[int, in
     return noise, min(spans, length - noise)
 
 
-def _random_composition(total: int, parts: int, bits: np.ndarray) -> np.ndarray:
-    """`total` as a sum of `parts` positive integers, all ways alike; `bits` is uint64 [total - 1]."""
-    cuts = np.argpartition(bits, parts - 2)[: parts - 1] if parts > 1 else np.empty(0, np.int64)
-    edges = np.empty(parts + 1, np.int64)
-    edges[0], edges[-1] = 0, total
-    edges[1:-1] = np.sort(cuts) + 1
-    return np.diff(edges)
+def span_ends(length: int, noise: int, spans: int, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the kept runs and the noise runs end, each counted in its own tokens: two int64 [n, spans].
 
-
-def random_spans_noise_mask(length: int, mean_span: float, density: float, key: RandomKey) -> np.ndarray:
-    """Which tokens are noise, bool [length]; starts with a kept span, ends with a noise span, alternating."""
-    noise, spans = noise_counts(length, mean_span, density)
-    if spans == 0:
-        return np.zeros(length, np.bool_)
-    bits = key.bits(length - 2)
-    span_lengths = np.empty(2 * spans, np.int64)
-    span_lengths[0::2] = _random_composition(length - noise, spans, bits[noise - 1 :])
-    span_lengths[1::2] = _random_composition(noise, spans, bits[: noise - 1])
-    return np.repeat(np.arange(2 * spans) % 2 == 1, span_lengths)
-
-
-def noise_span_to_unique_sentinel(tokens: np.ndarray, noise: np.ndarray, first_sentinel: int) -> np.ndarray:
-    """Replace each run of noise by one sentinel, the first by `first_sentinel`, then counting down.
-
-    `tokens` [n] and `noise` bool [n] -> int32 [kept + spans]. With `~noise` it yields the targets.
+    An example is kept run 0, noise run 0, kept run 1, ..., and ends with a noise run. All ways to cut
+    `length - noise` kept tokens into `spans` runs, and `noise` tokens into as many, are equally likely.
+    `draws` is uint64 [n], a random word for each example.
     """
-    starts = noise.copy()
-    starts[1:] &= ~noise[:-1]
-    result = tokens.astype(np.int32)
-    places = np.flatnonzero(starts)
-    result[places] = first_sentinel - np.arange(places.size, dtype=np.int32)
-    return result[starts | ~noise]
+    return _composition_ends(length - noise, spans, draws), _composition_ends(noise, spans, mix_bits(draws))
 
 
-def span_corruption(
-    tokens: np.ndarray, noise: np.ndarray, first_sentinel: int
+def _composition_ends(total: int, parts: int, draws: np.ndarray) -> np.ndarray:
+    """Partial sums of `total` as a sum of `parts` positive integers, all ways alike; int64 [n, parts]."""
+    ends = np.empty((len(draws), parts), np.int64)
+    ends[:, -1:] = total
+    if parts < 2:
+        return ends
+    # Each of the total - 1 places between tokens gets a random word; the lowest parts - 1 are cut.
+    words = random_words(draws, total - 1)
+    highest = np.partition(words, parts - 2, axis=1)[:, parts - 2, np.newaxis]
+    cut = words <= highest
+    places = np.flatnonzero(cut)
+    if places.size > len(draws) * (parts - 1):
+        # Equal words at the border: those examples are drawn anew, which keeps all ways alike.
+        tied = np.count_nonzero(cut, axis=1) > parts - 1
+        ends[tied] = _composition_ends(total, parts, mix_bits(~draws[tied]))
+        ends[~tied] = _composition_ends(total, parts, draws[~tied])
+        return ends
+    rows = np.arange(len(draws))[:, np.newaxis]
+    ends[:, :-1] = places.reshape(len(draws), parts - 1) - rows * (total - 1) + 1
+    return ends
+
+
+def corrupt_spans(
+    tokens: np.ndarray, kept_ends: np.ndarray, noise_ends: np.ndarray, first_sentinel: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs (noise replaced by sentinels) and targets (the rest replaced by sentinels), both int32."""
-    return (
-        noise_span_to_unique_sentinel(tokens, noise, first_sentinel),
-        noise_span_to_unique_sentinel(tokens, ~noise, first_sentinel),
-    )
+    """Inputs (each noise run replaced by a sentinel) and targets (each kept run replaced by one).
+
+    `tokens` int32 [n, length], the runs as `span_ends` returns them; sentinels count down from
+    `first_sentinel`. Returns int32 [n, kept + spans] and [n, noise + spans].
+    """
+    examples, length = tokens.shape
+    spans = kept_ends.shape[1]
+    if spans == 0:
+        # A single token: T5 makes two of it, kept and noise, and cuts off what is beyond the first.
+        return tokens, np.full((examples, 1), first_sentinel, np.int32)
+    kept = int(kept_ends[0, -1])
+    width = length + 2 * spans
+    # Inputs and targets side by side are 2 * spans pieces: a kept run with the sentinel after it, or a noise
+    # run with the sentinel before it. In each piece the token's place is the column plus a fixed shift; the
+    # sentinel reads a neighbour first and is written over.
+    number = np.arange(spans)
+    noise_before = np.zeros_like(noise_ends)
+    noise_before[:, 1:] = noise_ends[:, :-1]
+    pieces = np.empty((examples, 2 * spans), np.int64)
+    pieces[:, :spans] = kept_ends
+    pieces[:, 1:spans] -= kept_ends[:, :-1]
+    pieces[:, spans:] = noise_ends - noise_before
+    pieces += 1
+    shifts = np.empty((examples, 2 * spans), np.int64)
+    shifts[:, :spans] = noise_before - number
+    shifts[:, spans:] = kept_ends - (number + 1 + kept + spans)
+    shifts += np.arange(0, examples * length, length)[:, np.newaxis]
+    places = np.repeat(shifts.reshape(-1), pieces.reshape(-1)).reshape(examples, width)
+    places += np.arange(width)
+    result = tokens.reshape(-1).take(places)
+    sentinels = np.empty((examples, 2 * spans), np.int64)
+    sentinels[:, :spans] = kept_ends + number
+    sentinels[:, spans:] = noise_before + (number + kept + spans)
+    sentinels += np.arange(0, examples * width, width)[:, np.newaxis]
+    result.reshape(-1)[sentinels] = np.tile(first_sentinel - number.astype(np.int32), 2)
+    return result[:, : kept + spans], result[:, kept + spans :]
 
 
-def prefix_length(tokens: int, key: RandomKey) -> int:
-    """Length of the prefix of `tokens` tokens, uniform in 1 .. tokens-1 (0 for a single token)."""
-    return 1 + key.second % (tokens - 1) if tokens > 1 else 0
-
-
-def append_eos_after_trim(tokens: np.ndarray, length: int) -> np.ndarray:
-    """The first `length - 1` tokens, then EOS: what is cut lies before the EOS, never the EOS itself."""
-    kept = tokens[: length - 1]
-    return np.append(kept, np.int32(EOS)).astype(np.int32, copy=False)
-
-
-def draw_denoiser(key: RandomKey) -> int:
-    """Index into DENOISERS, drawn at their rates."""
-    place = key.first / 2**64
-    for index, denoiser in enumerate(DENOISERS):
-        place -= denoiser.rate
-        if place < 0:
-            return index
-    return len(DENOISERS) - 1
+def prefix_lengths(tokens: int, draws: np.ndarray) -> np.ndarray:
+    """Length of the prefix of `tokens` tokens, uniform in 1 .. tokens-1 (0 for a single token), int64 [n]."""
+    if tokens < 2:
+        return np.zeros(len(draws), np.int64)
+    return 1 + (draws % np.uint64(tokens - 1)).astype(np.int64)
