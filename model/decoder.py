@@ -13,6 +13,7 @@ from openmoe.model.dispatch import DISPATCHERS, TokenDispatcher
 from openmoe.model.layers import Attention, Embedding, FeedForward, Linear, RMSNorm, rotary_table
 from openmoe.model.moe import MoELayer, RoutingTrace, routing_trace
 from openmoe.model.router import RouterStatistics, Routing, TopKRouter
+from openmoe.model.segments import SegmentTiles
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,10 @@ class Positions:
 
     rotary: tuple[Tensor, Tensor]
     real: Tensor  # [rows, seq_len] bool, False = padding
-    mask: Tensor | None  # [rows, 1, seq_len, seq_len] bool; None = plain causal
+    mask: Tensor | None  # [rows, 1, seq_len, seq_len] bool, or of the tiles; None = plain causal
     query_mask: Tensor | None  # [rows, seq_len] bool, False = sees no key; None = every query sees one
     input_mask: Tensor | None  # [rows, seq_len, 1], 0/1 factor of every sub-layer's input
+    tiles: SegmentTiles | None  # where attention runs over segments instead of rows
 
 
 class Block(nn.Module):
@@ -49,7 +51,8 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(self, x: Tensor, at: Positions) -> tuple[Tensor, RouterStatistics | None, Routing | None]:
-        x = x + self.attention(_masked(self.attention_norm(x), at), at.rotary, at.mask, at.query_mask)
+        h = _masked(self.attention_norm(x), at)
+        x = x + self.attention(h, at.rotary, at.mask, at.query_mask, at.tiles)
         if self.moe is None:
             return x + self.ffn(_masked(self.ffn_norm(x), at)), None, None
         h = _masked(self.moe_norm(x), at)
@@ -122,16 +125,21 @@ class Decoder(nn.Module):
 
     def _positions(self, batch: Batch, x: Tensor) -> Positions:
         seq_len = x.shape[1]
-        rotary = rotary_table(seq_len, self.config.head_dim, self.config.rope_base, x)
+        # Tiles hold no padding: where it sees a row's other columns, and that shows, rows keep their mask.
+        tiles = None if self.config.mask_padding or self.config.route_padding else batch.tiles
+        # In a tile positions count from the segment's start. Scores know differences only, and small angles
+        # round less: the same example gives the same numbers anywhere in a row.
+        width = seq_len if tiles is None else tiles.positions.shape[1]
+        rotary = rotary_table(width, self.config.head_dim, self.config.rope_base, x)
         real = batch.target_tokens > 0
-        mask = _attention_mask(self.config, batch)
+        mask = _attention_mask(self.config, batch) if tiles is None else _tile_mask(self.config, batch, tiles)
         if not self.config.mask_padding:
-            return Positions(rotary, real, mask, None, None)
+            return Positions(rotary, real, mask, None, None, tiles)
         # The original's logit mask: real where the input is a token, or the next input is, or at the start
         # of the row (facts 1.8). So the column after a sequence, whose input is EOS, counts as real.
         tokens = batch.input_tokens > 0
         used = tokens | F.pad(tokens[:, 1:], (0, 1)) | (torch.arange(seq_len, device=x.device) == 0)
-        return Positions(rotary, used, mask, real, used[..., None].to(x.dtype))
+        return Positions(rotary, used, mask, real, used[..., None].to(x.dtype), None)
 
 
 def _masked(x: Tensor, at: Positions) -> Tensor:
@@ -155,3 +163,14 @@ def _attention_mask(config: ModelConfig, batch: Batch) -> Tensor | None:
         # False would give NaN in some kernels.
         mask = (mask & real[:, None, :]) | ~real[:, :, None]
     return mask[:, None]
+
+
+def _tile_mask(config: ModelConfig, batch: Batch, tiles: SegmentTiles) -> Tensor | None:
+    """Which keys each query of a segment sees, bool `[segments, 1, longest, longest]`; None = plain causal.
+
+    Columns behind a segment's end come after its last query, so the causal mask hides them."""
+    if config.attention == "causal" or batch.prefix_mask is None:
+        return None
+    prefix = tiles.cut(batch.prefix_mask[..., None]).squeeze(-1)
+    causal = prefix.new_ones(prefix.shape[1], prefix.shape[1]).tril()
+    return (causal | (prefix[:, :, None] & prefix[:, None, :]))[:, None]

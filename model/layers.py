@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openmoe.model.config import ModelConfig
+from openmoe.model.segments import SegmentTiles
 
 
 class Embedding(nn.Module):
@@ -83,19 +84,21 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         query_mask: Tensor | None = None,
+        tiles: SegmentTiles | None = None,
     ) -> Tensor:
         """x `[rows, seq_len, d_model]`; mask bool `[rows, 1, seq_len, seq_len]`, None = causal; query_mask
-        bool `[rows, seq_len]`, False where a query sees no key and averages over all columns instead."""
-        rows, seq_len, _ = x.shape
-        q, k, v = (
-            project(x).view(rows, seq_len, self.n_heads, -1).transpose(1, 2)
-            for project in (self.q, self.k, self.v)
-        )
+        bool `[rows, seq_len]`, False where a query sees no key and averages over all columns instead. With
+        tiles segments attend one by one: mask `[segments, 1, longest, longest]`, rotary of `longest`."""
+        q, k, v = (project(x) for project in (self.q, self.k, self.v))
+        if tiles is not None:
+            q, k, v = tiles.cut(q), tiles.cut(k), tiles.cut(v)
+        q, k, v = (h.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for h in (q, k, v))
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=1.0)
         if query_mask is not None:
             out = torch.where(query_mask[:, None, :, None], out, uniform_attention(q, k, v))
-        return self.o(out.transpose(1, 2).reshape(rows, seq_len, -1))
+        out = out.transpose(1, 2).flatten(2)
+        return self.o(out if tiles is None else tiles.join(out))
 
 
 def uniform_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from openmoe.model.batch import Batch
 from openmoe.model.decoder import Decoder
 from openmoe.model.losses import linear_cross_entropy
 from openmoe.model.router import RouterStatistics
+from openmoe.model.segments import SegmentTiles, tile_index
 from openmoe.optim.build import set_learning_rate
 from openmoe.train.config import TrainConfig
 
@@ -24,26 +25,43 @@ class MicroBatch:
 
 
 def micro_batches(
-    arrays: dict[str, np.ndarray], micro_batch_rows: int, device: torch.device
+    arrays: dict[str, np.ndarray],
+    micro_batch_rows: int,
+    device: torch.device,
+    longest_segment: int | None = None,
 ) -> list[MicroBatch]:
     """Contiguous blocks of rows of a host batch (keys of `model.batch.Batch`, `[rows, seq_len]`).
 
     Where no row of the whole batch holds two examples, a causal mask is enough, and attention without a mask
     tensor is faster; never decided block by block, or padding would see other columns in other splits.
+
+    Args:
+        longest_segment: the most positions an example may take; attention then runs over tiles of this width,
+            one example each, whatever the length of the rows. None: over whole rows.
     """
     rows = len(arrays["input_tokens"])
     size = rows if micro_batch_rows == -1 else micro_batch_rows
     packed = bool(arrays["segment_ids"].max() > 1)
     return [
-        _micro_batch({name: array[start : start + size] for name, array in arrays.items()}, packed, device)
+        _micro_batch(
+            {name: array[start : start + size] for name, array in arrays.items()},
+            packed,
+            longest_segment,
+            device,
+        )
         for start in range(0, rows, size)
     ]
 
 
-def _micro_batch(arrays: dict[str, np.ndarray], packed: bool, device: torch.device) -> MicroBatch:
+def _micro_batch(
+    arrays: dict[str, np.ndarray], packed: bool, longest_segment: int | None, device: torch.device
+) -> MicroBatch:
     def on_device(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
+    tiles = None
+    if longest_segment is not None:
+        tiles = SegmentTiles(*map(on_device, tile_index(arrays["segment_ids"], longest_segment)))
     batch = Batch(
         on_device(arrays["input_tokens"].astype(np.int64)),
         on_device(arrays["target_tokens"].astype(np.int64)),
@@ -51,6 +69,7 @@ def _micro_batch(arrays: dict[str, np.ndarray], packed: bool, device: torch.devi
         segment_ids=on_device(arrays["segment_ids"]) if packed else None,
         prefix_mask=on_device(arrays["prefix_mask"]) if arrays["prefix_mask"].any() else None,
         source_ids=on_device(arrays["source_ids"]),
+        tiles=tiles,
     )
     return MicroBatch(batch, on_device(np.flatnonzero(arrays["loss_weights"])))
 
