@@ -37,6 +37,11 @@ class Curriculum:
                     f"({self._mark(self.phases[index - 1])}); the marks must grow"
                 )
             self._end_steps.append(end_step)
+        if self.phases[0].ramp_steps:
+            raise DataError(
+                f"curriculum[0].ramp_steps={self.phases[0].ramp_steps}: no mix comes before the first phase; "
+                "allowed 0"
+            )
 
     def _end_step(self, phase: PhaseConfig) -> int | None:
         if phase.until_tokens is not None:
@@ -55,6 +60,14 @@ class Curriculum:
             if step < end_step:
                 return index
         return len(self.phases) - 1
+
+    def first_step(self, phase: int) -> int:
+        """Finished steps when the phase begins."""
+        return self._end_steps[phase - 1] if phase else 0
+
+    def end_step(self, phase: int) -> int | None:
+        """Finished steps when the phase is over; None where it has no mark."""
+        return self._end_steps[phase] if phase < len(self._end_steps) else None
 
     def last_step(self) -> int | None:
         """Number of steps up to the last mark; None where the last phase has none."""

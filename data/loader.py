@@ -1,5 +1,6 @@
 """Batches of a run, step after step: planned in order, built by any number of threads, resumed exactly."""
 
+import copy
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,10 +12,17 @@ import numpy as np
 from openmoe.data.config import DataConfig, ObjectiveName, PhaseConfig
 from openmoe.data.curriculum import Curriculum
 from openmoe.data.errors import DataError
-from openmoe.data.objectives import make_objective
-from openmoe.data.plan import Planner, StepPlan, materialise, phase_objectives, validation_plan
+from openmoe.data.objectives import Objective, make_objective
+from openmoe.data.plan import Planner, Repetition, StepPlan, held_back_examples, materialise
 from openmoe.data.prepare import PreparedData
-from openmoe.data.sources import TokenSource
+from openmoe.data.recipe import PlannedExamples
+from openmoe.data.stream import TokenStream
+
+# The keys of the data section that decide what stands in a row.
+_ROW_KEYS = {
+    *("mix_rates", "document_chunk_tokens", "row_end_eos", "mode_strings", "denoisers"),
+    *("example_tokens", "packing"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,8 @@ class StepBatch:
     source_tokens: dict[str, int]
     # How often each source has been gone through after this step, e.g. 1.25.
     source_epochs: dict[str, float]
+    # What stands where in the whole global batch; `row` counts from its first row.
+    examples: PlannedExamples
 
 
 class Loader:
@@ -76,17 +86,29 @@ class Loader:
         self._global_batch_rows = global_batch_rows
         self._seed = seed
         self._rows = rows if rows is not None else slice(None)
-        self._sources = [
-            TokenSource(name, prepared.sources[name].splits["train"], seed, data_config.document_chunk_tokens)
+        self._require_rows()
+        self._streams = [
+            TokenStream(name, prepared.sources[name].splits["train"], seed, data_config.document_chunk_tokens)
             for name in self.source_names
         ]
-        self._objectives = phase_objectives(self.curriculum, prepared, data_config, seq_len)
+        self._objectives = [self._objective(phase.objective) for phase in self.curriculum.phases]
         self._planner = Planner(
-            self.curriculum, self._sources, self._objectives, data_config, seq_len, global_batch_rows, seed
+            self.curriculum, self._streams, self._objectives, data_config, seq_len, global_batch_rows, seed
         )
-        self._state = self._planner.state_dict()
+        # As it stands after the batch yielded last, whatever was planned ahead.
+        self._yielded = copy.copy(self._planner)
         self._pool = ThreadPoolExecutor(data_config.workers) if data_config.workers else None
-        self._ahead: deque[tuple[Future[StepBatch], dict[str, Any]]] = deque()
+        self._ahead: deque[tuple[Future[StepBatch], Planner]] = deque()
+
+    def _require_rows(self) -> None:
+        example_tokens, packing = self._config.example_tokens, self._config.packing
+        if example_tokens is None or example_tokens == self._seq_len:
+            return
+        if packing == "released" or example_tokens > self._seq_len:
+            allowed = "null" if packing == "released" else f"at most train.seq_len={self._seq_len}, or null"
+            raise DataError(
+                f"data.example_tokens={example_tokens} with data.packing={packing}: allowed {allowed}"
+            )
 
     def _require_sources(self) -> None:
         for index, phase in enumerate(self.curriculum.phases):
@@ -97,74 +119,114 @@ class Loader:
                         f"{', '.join(self.source_names)}"
                     )
 
+    def _objective(self, name: ObjectiveName) -> Objective:
+        example_tokens = self._config.example_tokens or self._seq_len
+        return make_objective(name, example_tokens, self._prepared.tokenizer, self._config)
+
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> StepBatch:
         if self._pool is None:
-            batch = self._build(self._planner.plan_step())
-            self._state = self._planner.state_dict()
-            return batch
+            plan = self._planner.plan_step()
+            self._yielded = copy.copy(self._planner)
+            return self._build(plan)
         while len(self._ahead) <= self._config.workers:
             plan = self._planner.plan_step()
-            self._ahead.append((self._pool.submit(self._build, plan), self._planner.state_dict()))
-        future, state = self._ahead.popleft()
+            self._ahead.append((self._pool.submit(self._build, plan), copy.copy(self._planner)))
+        future, planner = self._ahead.popleft()
         batch = future.result()
-        self._state = state
+        self._yielded = planner
         return batch
 
     def _build(self, plan: StepPlan) -> StepBatch:
-        names = self.source_names
-        text_tokens, tokens = [0] * len(names), [0] * len(names)
-        loss_tokens = 0
-        for row in plan.rows:
-            for example in row:
-                text_tokens[example.source] += example.size.raw_tokens
-                tokens[example.source] += example.row_tokens
-                loss_tokens += example.size.target_tokens
+        examples, names = plan.examples, self.source_names
+        first_row, past_row, _ = self._rows.indices(self._global_batch_rows)
+        first, past = np.searchsorted(examples.row, [first_row, past_row])
+        mine = PlannedExamples(*(array[first:past] for array in examples))
+        sizes = examples.input_tokens + examples.target_tokens
+
+        def by_source(tokens: np.ndarray) -> dict[str, int]:
+            sums = np.bincount(examples.source, tokens, len(names)).astype(np.int64)
+            return dict(zip(names, sums.tolist(), strict=True))
+
         return StepBatch(
             step=plan.step,
             phase=plan.phase,
             objective=self.curriculum.phases[plan.phase].objective,
             arrays=materialise(
-                plan.rows[self._rows], self._sources, self._objectives[plan.phase], self._seq_len
+                mine._replace(row=mine.row - first_row),
+                self._streams,
+                self._objectives[plan.phase],
+                past_row - first_row,
+                self._seq_len,
             ),
             positions=self.curriculum.tokens_per_step,
-            nonpad_tokens=sum(tokens),
-            loss_tokens=loss_tokens,
-            source_text_tokens=dict(zip(names, text_tokens, strict=True)),
-            source_tokens=dict(zip(names, tokens, strict=True)),
+            nonpad_tokens=int(sizes.sum()),
+            loss_tokens=int(examples.target_tokens.sum()),
+            source_text_tokens=by_source(examples.raw_tokens),
+            source_tokens=by_source(sizes),
             source_epochs=dict(zip(names, plan.epochs, strict=True)),
+            examples=examples,
         )
+
+    def class_names(self, phase: int) -> list[str]:
+        """The classes of a phase's examples, by `examples.kind`."""
+        return [c.name for c in self._objectives[phase].classes]
+
+    def seek(self, step: int) -> None:
+        """Go to `step` of a run that began with nothing read, in a time that doesn't depend on it."""
+        self._ahead.clear()
+        self._planner.seek(step)
+        self._yielded = copy.copy(self._planner)
+
+    def repetitions(self, total_steps: int) -> list[Repetition]:
+        """The sources that a run of `total_steps` reads more than once from here on.
+
+        Raises DataError where data.repetition forbids it.
+        """
+        found = self._yielded.repetitions(total_steps)
+        if found and self._config.repetition == "forbid":
+            source, step, epochs = found[0]
+            raise DataError(
+                f"source {source!r} is used up at step {step} and would be read {epochs:.2f} times by step "
+                f"{total_steps}; data.repetition=forbid allows once: more text, fewer steps or a smaller rate"
+            )
+        return found
 
     def _identity(self) -> dict[str, Any]:
         return self._prepared.fingerprint | {
             "run.seed": self._seed,
             "train.seq_len": self._seq_len,
             "train.global_batch_rows": self._global_batch_rows,
-            "data.mix_rates": self._config.mix_rates,
-            "data.document_chunk_tokens": self._config.document_chunk_tokens,
-            "data.row_end_eos": self._config.row_end_eos,
+            **{f"data.{key}": value for key, value in self._config.model_dump(include=_ROW_KEYS).items()},
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON: where the run stands after the batch yielded last, and what data it reads."""
-        return {"identity": self._identity(), "plan": self._state}
+        return {"identity": self._identity(), "plan": self._yielded.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the step after the state's. Raises DataError where it belongs to other data."""
+        """Continue with the step after the state's. Text may have been added to a source since.
+
+        Raises DataError where the state belongs to other data.
+        """
         saved, here = state.get("identity", {}), self._identity()
         # Another tokenizer changes the sources too, so they come last.
         for key in sorted(saved.keys() | here.keys(), key=lambda key: (key.startswith("source "), key)):
-            if saved.get(key) == here.get(key):
-                continue
             if key not in here or key not in saved:
                 where = "is not in this curriculum" if key in saved else "is new in this curriculum"
                 raise DataError(f"a resumed run must read the same sources: {key} {where}")
-            raise DataError(f"a resumed run must agree in {key}: saved with {saved[key]}, now {here[key]}")
+            same = saved[key] == here[key]
+            if key.startswith("source "):  # a list of parts, one for each time text was added
+                same = here[key][: len(saved[key])] == saved[key]
+            if not same:
+                raise DataError(
+                    f"a resumed run must agree in {key}: saved with {saved[key]}, now {here[key]}"
+                )
         self._ahead.clear()
         self._planner.load_state_dict(state["plan"])
-        self._state = self._planner.state_dict()
+        self._yielded = copy.copy(self._planner)
 
     def validation_rows(self, objective: ObjectiveName, source: str, rows: int) -> dict[str, np.ndarray]:
         """Held-back text of one source as `objective` shows it: the same arrays [rows, seq_len] in every run.
@@ -172,12 +234,10 @@ class Loader:
         Each piece of text comes at most once; where there is too little, the last rows are padding.
         """
         index = self.source_names.index(source)
-        held_back = self._prepared.sources[source].splits["valid"]
-        reader = TokenSource(source, held_back, seed=0, chunk_tokens=None)
-        made = make_objective(objective, self._seq_len, self._prepared.tokenizer, self._config.row_end_eos)
-        plan = validation_plan(index, reader, made, self._seq_len, rows)
-        sources = [reader] * len(self.source_names)
-        return materialise(plan, sources, made, self._seq_len)
+        held_back = TokenStream(source, self._prepared.sources[source].splits["valid"], 0, None)
+        made = self._objective(objective)
+        examples = held_back_examples(index, held_back, made, self._seq_len, rows)
+        return materialise(examples, [held_back] * len(self.source_names), made, rows, self._seq_len)
 
     def close(self) -> None:
         """Stop the threads that build ahead."""

@@ -1,44 +1,29 @@
-"""What every row of every step will hold, decided without touching a token.
+"""What every row of every step holds, decided without touching a token.
 
-The plan is made step after step, the same on every rank, from a state of a few numbers per source. What it
-decides for an example (source, position, key, sizes) is all that is needed to build it, so any rank or thread
-can build any row.
+A step's rows follow from its number: the phase it lies in, that phase's recipe, and the token number at which
+each source stood when the phase began. The same on every rank; any rank or thread can build any row.
 """
 
+import copy
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from openmoe.data.config import DataConfig
 from openmoe.data.curriculum import Curriculum
 from openmoe.data.errors import DataError
-from openmoe.data.mixture import next_source
-from openmoe.data.objectives import ExampleSize, Objective, make_objective
-from openmoe.data.packing import empty_batch, fill_row
-from openmoe.data.prepare import PreparedData
-from openmoe.data.rng import RandomKey, random_key
-from openmoe.data.sources import START, Position, TokenSource
+from openmoe.data.objectives import Objective
+from openmoe.data.packing import empty_batch, place
+from openmoe.data.recipe import PhaseRecipe, PlannedExamples
+from openmoe.data.rng import random_key
+from openmoe.data.stream import Position, TokenStream
 
-
-@dataclass(frozen=True, slots=True)
-class ExamplePlan:
-    """One example to be built."""
-
-    # Index into the run's source names.
-    source: int
-    position: Position
-    key: RandomKey
-    size: ExampleSize
-
-    @property
-    def row_tokens(self) -> int:
-        """Row positions the example takes."""
-        return self.size.input_tokens + self.size.target_tokens
-
-
-RowPlan = list[ExamplePlan]
+# Positions built at once: few enough for their temporaries to stay in the processor's cache.
+_TOKENS_AT_ONCE = 131_072
 
 
 @dataclass(frozen=True)
@@ -47,163 +32,268 @@ class StepPlan:
 
     step: int
     phase: int
-    rows: list[RowPlan]
-    # Epochs of each source's text used after this step, whole and fraction, by source index.
+    # `start` counts from the beginning of each source.
+    examples: PlannedExamples
+    # How often each source has been gone through after this step, e.g. 1.25.
     epochs: list[float]
 
 
-class Planner:
-    """Plans the steps of a run, one after the other.
+class Repetition(NamedTuple):
+    """A source that a run reads more than once."""
 
-    Its state: the number of planned steps, the phase, what the mix has given each source in this phase, and
-    each source's position and number of examples, which go on across phases.
-    """
+    source: str
+    # Steps finished before the first one that reads text again.
+    step: int
+    # How often the source is gone through by the end.
+    epochs: float
+
+
+class Planner:
+    """Plans the steps of a run, one after the other or from any step on."""
 
     def __init__(
         self,
         curriculum: Curriculum,
-        sources: Sequence[TokenSource],
+        streams: Sequence[TokenStream],
         objectives: Sequence[Objective],
-        data_config: DataConfig,
+        config: DataConfig,
         seq_len: int,
         global_batch_rows: int,
         seed: int,
     ) -> None:
         """`objectives` are those of the curriculum's phases."""
         self._curriculum = curriculum
-        self._sources = sources
+        self._streams = streams
         self._objectives = objectives
-        self._count_tokens = data_config.mix_rates == "per_token"
-        self._seq_len = seq_len
         self._rows = global_batch_rows
-        self._seed = seed
-        self._rates = [self._phase_rates(phase.mix) for phase in curriculum.phases]
+        self._recipes = [
+            PhaseRecipe(
+                objective,
+                self._rates(index),
+                seq_len,
+                config.packing == "dense",
+                seed,
+                index,
+                self._rates(index - 1) if phase.ramp_steps else None,
+                phase.ramp_steps * global_batch_rows,
+            )
+            for index, (phase, objective) in enumerate(zip(curriculum.phases, objectives, strict=True))
+        ]
+        self._identities = [self._identity(index, seq_len, config) for index in range(len(objectives))]
         self.step = 0
         self._phase = 0
-        self._given = [0] * len(sources)
-        self._positions = [START] * len(sources)
-        self._examples = [0] * len(sources)
+        self._phase_step = 0
+        self._bases = np.zeros(len(streams), np.int64)
 
-    def _phase_rates(self, mix: dict[str, float]) -> list[float]:
-        total = sum(mix.values())
-        return [mix.get(source.name, 0.0) / total for source in self._sources]
+    def _rates(self, phase: int) -> np.ndarray:
+        # Every source's text is cut into the same classes of examples, so its share of the examples is its
+        # share of the text: rates per token and per example give the same rows.
+        mix = self._curriculum.phases[phase].mix
+        rates = np.array([mix.get(stream.name, 0.0) for stream in self._streams])
+        return rates / rates.sum()
+
+    def _identity(self, index: int, seq_len: int, config: DataConfig) -> str:
+        """Equal exactly where a phase's rows are."""
+        phase = self._curriculum.phases[index]
+        parts = [
+            index,
+            self._rates(index).tolist(),
+            phase.ramp_steps and [phase.ramp_steps * self._rows, self._rates(index - 1).tolist()],
+            self._objectives[index].classes,
+            [phase.objective, seq_len, config.packing],
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def plan_step(self) -> StepPlan:
         """The plan of the next step."""
-        phase = self._curriculum.phase_at(self.step)
-        if phase != self._phase:
-            # The new mix holds from here on; it does not make up for the old one.
-            self._phase, self._given = phase, [0] * len(self._sources)
-        rows: list[RowPlan] = []
-        example = self._next_example()
-        for _ in range(self._rows):
-            row: RowPlan = []
-            room = self._seq_len
-            # Next-fit: the first example that doesn't fit closes the row and opens the next one. At the end
-            # of the step it is dropped, and as nothing was counted for it yet it comes again.
-            while example.row_tokens <= room:
-                row.append(example)
-                room -= example.row_tokens
-                self._use(example)
-                example = self._next_example()
-            rows.append(row)
-        plan = StepPlan(self.step, phase, rows, self._epochs())
+        self._enter(self._curriculum.phase_at(self.step))
+        first_row = (self.step - self._phase_step) * self._rows
+        examples = self._recipes[self._phase].examples(first_row, self._rows)
+        examples = examples._replace(start=examples.start + self._bases[examples.source])
         self.step += 1
-        return plan
+        return StepPlan(self.step - 1, self._phase, examples, self._epochs())
 
-    def _next_example(self) -> ExamplePlan:
-        source = next_source(self._rates[self._phase], self._given)
-        key = random_key("example", self._seed, self._sources[source].name, self._examples[source])
-        size = self._objectives[self._phase].measure(key)
-        return ExamplePlan(source, self._positions[source], key, size)
+    def seek(self, step: int) -> None:
+        """Go to `step` of the run that began with nothing read."""
+        self.step = self._phase = self._phase_step = 0
+        self._bases = np.zeros_like(self._bases)
+        self._enter(self._curriculum.phase_at(step))
+        self.step = step
 
-    def _use(self, example: ExamplePlan) -> None:
-        source, raw_tokens = example.source, example.size.raw_tokens
-        join_eos = self._objectives[self._phase].joins_with_eos
-        self._positions[source] = self._sources[source].skip(example.position, raw_tokens, join_eos)
-        self._examples[source] += 1
-        self._given[source] += raw_tokens if self._count_tokens else 1
+    def _joins(self) -> bool:
+        return self._objectives[self._phase].joins_with_eos
+
+    def _enter(self, phase: int) -> None:
+        """Go on to `phase`; every source's text goes on where the phases before it stopped."""
+        while self._phase < phase:
+            first_step = self._curriculum.first_step(self._phase + 1)
+            positions = self._positions(first_step)
+            self._phase, self._phase_step = self._phase + 1, first_step
+            self._bases = self._numbers_of(positions)
+
+    def _numbers(self, step: int) -> np.ndarray:
+        """The token number each source has reached when `step` of this phase begins, int64 [sources]."""
+        rows = (step - self._phase_step) * self._rows
+        return self._bases + self._recipes[self._phase].tokens_before(rows)
+
+    def _positions(self, step: int) -> list[Position]:
+        numbers = self._numbers(step).tolist()
+        return [s.position(n, self._joins()) for s, n in zip(self._streams, numbers, strict=True)]
+
+    def _numbers_of(self, positions: Sequence[Position]) -> np.ndarray:
+        return np.array([s.number(p, self._joins()) for s, p in zip(self._streams, positions, strict=True)])
 
     def _epochs(self) -> list[float]:
+        sizes = [stream.epoch_tokens(self._joins()) for stream in self._streams]
+        return (self._numbers(self.step) / sizes).tolist()
+
+    def repetitions(self, total_steps: int) -> list[Repetition]:
+        """The sources that a run of `total_steps` reads more than once from here on."""
+        ahead = copy.copy(self)
+        first_steps: dict[int, int] = {}
+        sizes = np.zeros(0)
+        while ahead.step < total_steps:
+            ahead._enter(self._curriculum.phase_at(ahead.step))
+            end = min(total_steps, self._curriculum.end_step(ahead._phase) or total_steps)
+            sizes = np.array([stream.epoch_tokens(ahead._joins()) for stream in self._streams])
+            for source in np.flatnonzero(ahead._numbers(end) > sizes).tolist():
+                if (
+                    source not in first_steps
+                    and ahead._numbers(end)[source] > ahead._numbers(ahead.step)[source]
+                ):
+                    first_steps[source] = _first_step_beyond(ahead, source, int(sizes[source]), end)
+            ahead.step = end
+        if not first_steps:
+            return []
+        epochs = ahead._numbers(ahead.step) / sizes
         return [
-            position.epoch + position.rank / source.documents
-            for position, source in zip(self._positions, self._sources, strict=True)
+            Repetition(self._streams[source].name, step, float(epochs[source]))
+            for source, step in sorted(first_steps.items())
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next step depends on, as plain JSON."""
+        """Everything the next step depends on, as plain JSON of a few numbers per source."""
+        positions = self._positions(self.step)
         return {
             "step": self.step,
             "phase": self._phase,
+            "phase_step": self._phase_step,
+            "rows": self._identities[self._phase],
             "sources": {
-                source.name: {
-                    "given": self._given[index],
-                    "position": list(self._positions[index]),
-                    "examples": self._examples[index],
-                }
-                for index, source in enumerate(self._sources)
+                stream.name: [int(base), *position]
+                for stream, base, position in zip(self._streams, self._bases, positions, strict=True)
             },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the step the state was taken at. Raises DataError where it is of another form."""
+        """Continue after the step the state was taken at. Raises DataError where it is of another form.
+
+        Where the phase has changed since (another mix, another objective), it begins anew with the text that
+        comes next.
+        """
         try:
-            entries = [state["sources"][source.name] for source in self._sources]
-            self.step, self._phase = int(state["step"]), int(state["phase"])
-            self._given = [int(entry["given"]) for entry in entries]
-            self._positions = [Position(*map(int, entry["position"])) for entry in entries]
-            self._examples = [int(entry["examples"]) for entry in entries]
+            step, phase, phase_step = (int(state[name]) for name in ("step", "phase", "phase_step"))
+            entries = [[int(n) for n in state["sources"][stream.name]] for stream in self._streams]
+            positions = [Position(*entry[1:]) for entry in entries]
+            rows = state["rows"]
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"the data state is not one of this program: {error!r}") from None
+        self.step = step
+        last_phase = self._curriculum.phase_at(max(step - 1, phase_step))
+        if phase == last_phase and rows == self._identities[phase]:
+            self._phase, self._phase_step = phase, phase_step
+            self._bases = np.array([entry[0] for entry in entries])
+            # Text that was added to a source lies in every epoch, the finished ones too: numbers move on.
+            self._bases += self._numbers_of(positions) - self._numbers(step)
+        else:
+            self._phase, self._phase_step = self._curriculum.phase_at(step), step
+            self._bases = self._numbers_of(positions)
+
+
+def _first_step_beyond(planner: Planner, source: int, number: int, end: int) -> int:
+    """The first step of the planner's phase that reads token `number` of `source`, or one after it."""
+    low, high = planner.step, end - 1
+    while low < high:
+        middle = (low + high) // 2
+        if planner._numbers(middle + 1)[source] > number:
+            high = middle
+        else:
+            low = middle + 1
+    return low
 
 
 def materialise(
-    rows: Sequence[RowPlan], sources: Sequence[TokenSource], objective: Objective, seq_len: int
+    examples: PlannedExamples,
+    streams: Sequence[TokenStream],
+    objective: Objective,
+    rows: int,
+    seq_len: int,
 ) -> dict[str, np.ndarray]:
-    """Build the rows: arrays [rows, seq_len] by name (see packing.BATCH_ARRAYS)."""
-    batch = empty_batch(len(rows), seq_len)
-    for index, row in enumerate(rows):
-        examples = [
-            objective.build(
-                sources[plan.source].read(plan.position, plan.size.raw_tokens, objective.joins_with_eos),
-                plan.key,
-            )
-            for plan in row
-        ]
-        fill_row(batch, index, examples, [plan.source for plan in row])
+    """Build `rows` rows: arrays [rows, seq_len] by name (see packing.BATCH_ARRAYS).
+
+    The examples of a source must follow one another in its text.
+    """
+    batch = empty_batch(rows, seq_len)
+    at_once = max(1, _TOKENS_AT_ONCE // seq_len)
+    for first_row in range(0, rows, at_once):
+        first, past = np.searchsorted(examples.row, [first_row, first_row + at_once])
+        _build(PlannedExamples(*(array[first:past] for array in examples)), streams, objective, batch)
     return batch
 
 
-def validation_plan(
-    index: int, source: TokenSource, objective: Objective, seq_len: int, rows: int
-) -> list[RowPlan]:
-    """`rows` rows of one source's held-back text, each text at most once; rows beyond its end stay empty.
+def _build(
+    examples: PlannedExamples,
+    streams: Sequence[TokenStream],
+    objective: Objective,
+    batch: dict[str, np.ndarray],
+) -> None:
+    texts: dict[int, tuple[int, np.ndarray]] = {}
+    for source in np.unique(examples.source).tolist():
+        mine = np.flatnonzero(examples.source == source)
+        first = int(examples.start[mine[0]])
+        count = int(examples.start[mine[-1]] + examples.raw_tokens[mine[-1]]) - first
+        texts[source] = first, streams[source].read(first, count, objective.joins_with_eos)
+    # Only the last example of a held-back text is shorter than the others of its kind.
+    alike = examples.kind * (int(examples.raw_tokens.max(initial=0)) + 1) + examples.raw_tokens
+    for group in np.unique(alike).tolist():
+        mine = np.flatnonzero(alike == group)
+        tokens = np.empty((len(mine), int(examples.raw_tokens[mine[0]])), np.int32)
+        sources, starts = examples.source[mine], examples.start[mine]
+        for line, source, start in zip(tokens, sources.tolist(), starts.tolist(), strict=True):
+            first, text = texts[source]
+            line[:] = text[start - first : start - first + len(line)]
+        built = objective.build(int(examples.kind[mine[0]]), tokens, examples.draw[mine])
+        row, begin, segment = examples.row[mine], examples.place[mine], examples.segment[mine]
+        place(batch, row.tolist(), begin.tolist(), segment.tolist(), built, sources.tolist())
 
-    `index` is the source's place in the run's source names.
+
+def held_back_examples(
+    source: int, stream: TokenStream, objective: Objective, seq_len: int, rows: int
+) -> PlannedExamples:
+    """`rows` rows of one source's held-back text, next-fit, each text at most once.
+
+    Rows beyond its end stay empty. `source` is its place in the run's source names.
     """
-    plans: list[RowPlan] = [[] for _ in range(rows)]
-    position, row, room, number = START, 0, seq_len, 0
-    left = source.epoch_tokens(objective.joins_with_eos)
+    shares = np.cumsum([c.rate for c in objective.classes])
+    lines: list[tuple[int, ...]] = []
+    draws: list[int] = []
+    row, room, segment, start = 0, seq_len, 1, 0
+    left = stream.epoch_tokens(objective.joins_with_eos)
     while left:
-        key = random_key("validation", source.name, number)
-        example = ExamplePlan(index, position, key, objective.measure(key, left))
-        if example.row_tokens > room:
-            row, room = row + 1, seq_len
+        key = random_key("validation", stream.name, len(lines))
+        index = min(int(np.searchsorted(shares, key.first / 2**64, "right")), len(shares) - 1)
+        raw = min(objective.classes[index].raw_tokens, left)
+        sizes = objective.sizes(index, raw, np.array([key.second], np.uint64))
+        inputs, targets = (int(size[0]) for size in sizes)
+        if inputs + targets > room:
+            row, room, segment = row + 1, seq_len, 1
         if row == rows:
             break
-        plans[row].append(example)
-        room -= example.row_tokens
-        position = source.skip(position, example.size.raw_tokens, objective.joins_with_eos)
-        left -= example.size.raw_tokens
-        number += 1
-    return plans
-
-
-def phase_objectives(
-    curriculum: Curriculum, prepared: PreparedData, data_config: DataConfig, seq_len: int
-) -> list[Objective]:
-    """The objective of each phase. Raises DataError as `make_objective` does."""
-    return [
-        make_objective(phase.objective, seq_len, prepared.tokenizer, data_config.row_end_eos)
-        for phase in curriculum.phases
-    ]
+        lines.append((source, index, row, seq_len - room, segment, start, raw, inputs, targets))
+        draws.append(key.second)
+        room -= inputs + targets
+        segment += 1
+        start += raw
+        left -= raw
+    source_of, kind, *rest = np.array(lines, np.int64).reshape(len(lines), 9).T
+    return PlannedExamples(source_of, kind, np.array(draws, np.uint64), *rest)
