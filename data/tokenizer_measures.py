@@ -1,0 +1,140 @@
+"""What tokenizers make of text: samples, round trips, and the counts of the paper's Table 10."""
+
+import hashlib
+import heapq
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from time import perf_counter
+
+import numpy as np
+import sentencepiece
+
+from openmoe.data.tokenizer import Tokenizer
+
+# Documents handed to a tokenizer at once.
+_BATCH_DOCUMENTS = 256
+# Characters shown on either side of a difference.
+_SHOWN_CHARACTERS = 20
+
+
+def sample_documents(documents: Iterable[str], limit_bytes: int) -> list[str]:
+    """Whole documents of at most `limit_bytes` of UTF-8 together, but at least one, in their order.
+
+    Drawn by a hash of their text: the same ones in whatever order they come. Empty ones are left out.
+    """
+    chosen: list[tuple[bytes, int, str]] = []  # the highest hash first
+    total_bytes = 0
+    for number, text in enumerate(documents):
+        if not text:
+            continue
+        content = text.encode()
+        total_bytes += len(content)
+        digest = hashlib.blake2b(content, digest_size=8, person=b"sample").digest()
+        heapq.heappush(chosen, (bytes(255 - byte for byte in digest), number, text))
+        while total_bytes > limit_bytes and len(chosen) > 1:
+            total_bytes -= len(heapq.heappop(chosen)[2].encode())
+    return [text for _, _, text in sorted(chosen, key=lambda item: item[1])]
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """Encoding and decoding documents."""
+
+    documents: int
+    exact: int
+    text_bytes: int
+    tokens: int
+    encode_seconds: float
+    decode_seconds: float
+    # The first document that comes back otherwise: its number, and the place before and after.
+    first_difference: tuple[int, str, str] | None
+
+
+def round_trip(tokenizer: Tokenizer, texts: Sequence[str], threads: int) -> RoundTrip:
+    """Encode and decode every text and compare."""
+    exact = tokens = 0
+    encode_seconds = decode_seconds = 0.0
+    first_difference = None
+    for start in range(0, len(texts), _BATCH_DOCUMENTS):
+        batch = texts[start : start + _BATCH_DOCUMENTS]
+        begin = perf_counter()
+        encoded = tokenizer.encode_batch(batch, threads)
+        middle = perf_counter()
+        decoded = [tokenizer.decode(ids) for ids in encoded]
+        encode_seconds += middle - begin
+        decode_seconds += perf_counter() - middle
+        tokens += sum(map(len, encoded))
+        for number, (text, back) in enumerate(zip(batch, decoded, strict=True), start):
+            if text == back:
+                exact += 1
+            elif first_difference is None:
+                first_difference = (number, *_difference(text, back))
+    text_bytes = sum(len(text.encode()) for text in texts)
+    return RoundTrip(len(texts), exact, text_bytes, tokens, encode_seconds, decode_seconds, first_difference)
+
+
+def _difference(text: str, back: str) -> tuple[str, str]:
+    """The surroundings of the first character that differs, in either text."""
+    pairs = zip(text, back, strict=False)
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(back)))
+    begin, end = max(0, at - _SHOWN_CHARACTERS), at + _SHOWN_CHARACTERS
+    return text[begin:end], back[begin:end]
+
+
+@dataclass
+class Usage:
+    """What one tokenizer makes of one subset (a cell of Table 10)."""
+
+    documents: int
+    text_bytes: int
+    tokens: int
+    # Tokens that stand for what the tokenizer has no piece for.
+    unknown_tokens: int
+    # bool [ids]: which ids occur.
+    used_ids: np.ndarray
+
+    @property
+    def vocabulary_used(self) -> int:
+        """Number of different ids that occur."""
+        return int(self.used_ids.sum())
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text that a token stands for; what can be compared between subsets."""
+        return self.text_bytes / max(1, self.tokens)
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.documents + other.documents,
+            self.text_bytes + other.text_bytes,
+            self.tokens + other.tokens,
+            self.unknown_tokens + other.unknown_tokens,
+            self.used_ids | other.used_ids,
+        )
+
+
+def count_usage(
+    processors: Mapping[str, sentencepiece.SentencePieceProcessor], texts: Iterable[str], threads: int
+) -> dict[str, Usage]:
+    """Each tokenizer's use of the same texts, with the ids and rules of its own file."""
+    usage = {
+        name: Usage(0, 0, 0, 0, np.zeros(processor.vocab_size(), bool))
+        for name, processor in processors.items()
+    }
+    for batch in _batches(texts):
+        text_bytes = sum(len(text.encode()) for text in batch)
+        for name, processor in processors.items():
+            encoded = processor.encode(batch, num_threads=threads)
+            ids = np.fromiter(chain.from_iterable(encoded), np.int32)
+            counts = np.bincount(ids, minlength=processor.vocab_size())
+            usage[name] += Usage(
+                len(batch), text_bytes, len(ids), int(counts[processor.unk_id()]), counts > 0
+            )
+    return usage
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    remaining = iter(texts)
+    while batch := list(islice(remaining, _BATCH_DOCUMENTS)):
+        yield batch
