@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from openmoe.checkpoint.manager import find_checkpoint, load_checkpoint
@@ -12,6 +11,7 @@ from openmoe.checkpoint.state import model_tensors
 from openmoe.data.loader import Loader
 from openmoe.data.prepare import PreparedData, prepare
 from openmoe.data.statistics import bigram_cross_entropy, unigram_entropy
+from openmoe.data.stream import TokenStream
 from openmoe.launcher.entry import read_config, run_command
 from openmoe.launcher.errors import ConfigError
 from openmoe.launcher.figure import draw
@@ -27,6 +27,8 @@ PROMPTS = {
     "code": 'def read_lines(path):\n    """Return the lines of a file."""\n',
 }
 SAMPLE_TOKENS = 60
+# Of training text that the bigram model is counted on.
+MOST_BIGRAM_TOKENS = 20_000_000
 SAMPLE_TEMPERATURE = 0.6
 
 
@@ -74,7 +76,8 @@ def entropies(config: Config, data: PreparedData, loader: Loader) -> dict[str, d
     for source in source_names(config):
         rows = loader.validation_rows("causal_lm", source, config.train.validation_rows)
         tokens = rows["target_tokens"][rows["loss_weights"] > 0]
-        train = np.asarray(data.sources[source].splits["train"].tokens)
+        stream = TokenStream(source, data.sources[source].splits["train"], seed=0, chunk_tokens=None)
+        train = stream.read(0, min(stream.epoch_tokens(True), MOST_BIGRAM_TOKENS), join_eos=True)
         bars[source] = {
             "unigram": unigram_entropy(tokens),
             "bigram": bigram_cross_entropy(train, tokens, data.tokenizer.size),

@@ -12,6 +12,7 @@ from openmoe.checkpoint.manager import CheckpointManager, load_checkpoint
 from openmoe.checkpoint.state import restore_counters, training_tensors
 from openmoe.data.curriculum import Curriculum
 from openmoe.data.loader import Loader
+from openmoe.data.plan import Repetition
 from openmoe.data.prepare import PreparedData, prepare
 from openmoe.launcher.entry import run_command, write_config
 from openmoe.launcher.errors import ConfigError
@@ -58,6 +59,7 @@ def train(config: Config) -> None:
         counters = manifest.metadata["counters"]
         if belongs_to(resume_from, run_dir):  # a branch of another run gets a page of its own
             wandb_run_id = manifest.metadata["wandb_run_id"]
+    repetitions = loader.repetitions(total_steps)
 
     # Everything that can be wrong with the input has been found; from here on files are written.
     with sole_writer(run_dir):
@@ -95,11 +97,12 @@ def train(config: Config) -> None:
             wandb=wandb,
             progress=Progress(total_steps, config.logging.every_steps),
             device=device,
+            longest_segment=longest_segment(config),
             step=step,
             tokens_seen=tokens_seen,
             counters=counters,
         )
-        _announce(run, config, resume_from, peak.source)
+        _announce(run, config, resume_from, peak.source, repetitions)
         _fit_and_close(run, run_dir)
 
 
@@ -152,6 +155,13 @@ def build_loader(config: Config, data: PreparedData) -> Loader:
     )
 
 
+def longest_segment(config: Config) -> int | None:
+    """Positions an example may take where long rows hold many; None where rows are attended to whole."""
+    if config.data.packing == "released":
+        return None
+    return config.data.example_tokens or config.train.seq_len
+
+
 def _held_back(
     config: Config, loader: Loader, device: torch.device
 ) -> dict[str, dict[str, list[MicroBatch]]]:
@@ -163,7 +173,10 @@ def _held_back(
     return {
         objective: {
             source: micro_batches(
-                loader.validation_rows(objective, source, rows), config.train.micro_batch_rows, device
+                loader.validation_rows(objective, source, rows),
+                config.train.micro_batch_rows,
+                device,
+                longest_segment(config),
             )
             for source in source_names(config)
         }
@@ -194,13 +207,25 @@ def _save(checkpoints: CheckpointManager, config: Config, run: Run) -> None:
     )
 
 
-def _announce(run: Run, config: Config, resume_from: Path | None, peak_source: str) -> None:
+def _announce(
+    run: Run,
+    config: Config,
+    resume_from: Path | None,
+    peak_source: str,
+    repetitions: list[Repetition],
+) -> None:
     parameters = sum(p.numel() for p in run.model.parameters())
     start = f"resumed from {resume_from} (step {run.step})" if resume_from else "from the start"
     run.progress.print(
         f"{config.run.dir}: {parameters:,} parameters, {config.train.precision} on {run.device}, "
         f"{run.total_steps:,} steps, {start}; MFU against {peak_source}"
     )
+    if config.data.repetition == "warn":
+        for source, first_step, epochs in repetitions:
+            run.progress.print(
+                f"warning: source {source!r} is used up at step {first_step} and read again: "
+                f"{epochs:.2f} times by step {run.total_steps}"
+            )
 
 
 def _fit_and_close(run: Run, run_dir: Path) -> None:

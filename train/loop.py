@@ -41,6 +41,9 @@ class Run:
     wandb: WandbWriter
     progress: Progress
     device: torch.device
+    longest_segment: int | None = (
+        None  # positions an example may take where rows hold many; see micro_batches
+    )
     step: int = 0
     tokens_before: int = 0  # tokens_seen one update earlier
     tokens_seen: int = 0
@@ -60,7 +63,7 @@ def fit(run: Run, stop: StopSignals) -> str | None:
         if frozen is not None and run.step >= frozen:
             run.model.freeze_routers()
         rate = run.learning_rate(run.step)
-        micro = micro_batches(batch.arrays, run.config.micro_batch_rows, run.device)
+        micro = micro_batches(batch.arrays, run.config.micro_batch_rows, run.device, run.longest_segment)
         result = train_step(run.model, run.optimizer, micro, batch.loss_tokens, rate, run.config)
         metrics = step_metrics(result, moe_layers)
         seconds = time.perf_counter() - start
