@@ -17,7 +17,7 @@ from openmoe.data.errors import DataError
 from openmoe.data.tokenizer import EOS, SENTINELS, Tokenizer
 
 # Raw tokens that are corrupted at a time: what a step leaves is still in the processor's cache at the next.
-_GROUP_TOKENS = 32_768
+_GROUP_TOKENS = 32768
 
 # T5's mean span and density.
 _T5_SPANS = (3.0, 0.15)
@@ -162,7 +162,7 @@ class _SpanCorruption:
         for start in range(0, examples, group):
             rows = slice(start, start + group)
             ends = ul2.span_ends(raw_tokens, *counts, draws[rows])
-            inputs, targets = ul2.corrupt_spans(tokens[rows], *ends, self.first_sentinel)
+            inputs, targets = ul2.corrupt_spans(tokens[rows], ends, self.first_sentinel)
             sequences[rows, mode_tokens : input_tokens - 1] = inputs[:, : input_tokens - 1 - mode_tokens]
             sequences[rows, input_tokens:-1] = targets[:, : target_tokens - 1]
         return Examples(sequences, *self.sizes(raw_tokens, draws))

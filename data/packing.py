@@ -39,7 +39,8 @@ def place(
     `batch` holds padding there. `segments[i]` is the example's number within its row, from 1 on.
     Raises ValueError where an example doesn't fit.
     """
-    seq_len = batch["target_tokens"].shape[1]
+    inputs, targets, weights, segment_ids, prefix, sources = (batch[name] for name in BATCH_ARRAYS)
+    seq_len = targets.shape[1]
     places = zip(
         rows,
         starts,
@@ -55,15 +56,14 @@ def place(
         middle, stop = start + given, start + size
         if stop > seq_len:
             raise ValueError(f"an example of {size} tokens doesn't fit at {start} into a row of {seq_len}")
-        inputs, targets, weights, segment_ids, prefix, sources = (batch[name][row] for name in BATCH_ARRAYS)
-        targets[start:stop] = sequence[:size]
-        inputs[start + 1 : stop] = sequence[: size - 1]
-        weights[middle:stop] = 1
-        segment_ids[start:stop] = segment
+        targets[row, start:stop] = sequence[:size]
+        inputs[row, start + 1 : stop] = sequence[: size - 1]
+        weights[row, middle:stop] = 1
+        segment_ids[row, start:stop] = segment
         if given:
             # One more than the inputs: the position that reads the last input token sees all of them.
-            prefix[start : middle + 1] = True
-        sources[start:stop] = source
+            prefix[row, start : middle + 1] = True
+        sources[row, start:stop] = source
 
 
 def next_fit(sizes: Iterable[int], row_tokens: int) -> list[list[int]]:
@@ -87,20 +87,61 @@ def next_fit(sizes: Iterable[int], row_tokens: int) -> list[list[int]]:
 def dense_pattern(
     class_row_tokens: Sequence[int], class_counts: Sequence[int], row_tokens: int
 ) -> np.ndarray:
-    """How many examples of each class every row holds so that all `class_counts` are used; [rows, classes].
+    """How many examples of each class every row holds, all of them in few rows; int64 [rows, classes].
 
-    Raises ValueError where an example is longer than a row of `row_tokens`.
+    `class_row_tokens` are the tokens an example of each class takes, `class_counts` how many there are of it.
+    A row gets examples of all classes, and the rest of it those that fill it best. The smaller the rest, the
+    more alike the rows are; the larger, the fewer rows it takes. Of a few such shares the one with the fewest
+    rows is used, or the most alike of those. Raises ValueError where an example is longer than a row.
     """
-    sizes = np.asarray(class_row_tokens)
-    left = np.array(class_counts)
-    if (sizes > row_tokens).any():
-        raise ValueError(f"an example of {sizes.max()} tokens doesn't fit into a row of {row_tokens}")
+    if max(class_row_tokens) > row_tokens:
+        raise ValueError(
+            f"an example of {max(class_row_tokens)} tokens doesn't fit into a row of {row_tokens}"
+        )
+    tried = [
+        _filled_rows(class_row_tokens, class_counts, row_tokens, rest) for rest in (0.25, 0.5, 0.75, 1.0)
+    ]
+    return np.array(min(tried, key=len), np.int64).reshape(-1, len(class_counts))
+
+
+def _filled_rows(
+    sizes: Sequence[int], counts: Sequence[int], row_tokens: int, rest: float
+) -> list[list[int]]:
+    """The rows where all but the share `rest` of each is in proportion to what is left of the classes."""
+    left = list(counts)
     rows = []
-    while left.any():
-        room, row = row_tokens, np.zeros_like(left)
-        for index in np.argsort(-sizes, kind="stable"):
-            row[index] = min(left[index], room // sizes[index])
-            room -= row[index] * sizes[index]
-        left -= row
+    while any(left):
+        left_tokens = sum(size * count for size, count in zip(sizes, left, strict=True))
+        share = min(1.0, (1 - rest) * row_tokens / left_tokens)
+        row = [int(share * count) for count in left]
+        left = [count - used for count, used in zip(left, row, strict=True)]
+        room = row_tokens - sum(size * used for size, used in zip(sizes, row, strict=True))
+        # The class with the most tokens left is taken from first, so that none is left over at the end.
+        order = sorted(range(len(sizes)), key=lambda i: -left[i] * sizes[i])
+        best = _best_fill([sizes[i] for i in order], [left[i] for i in order], room)
+        for i, used in zip(order, best, strict=True):
+            row[i] += used
+            left[i] -= used
         rows.append(row)
-    return np.array(rows).reshape(-1, len(sizes))
+    return rows
+
+
+def _best_fill(sizes: Sequence[int], counts: Sequence[int], room: int) -> list[int]:
+    """How many of each size to take, of `counts`, for the largest sum up to `room`; earlier ones first."""
+    reachable, sums_below = 1, (1 << (room + 1)) - 1  # bit s: there are examples of s tokens together
+    steps = []
+    for index, (size, count) in enumerate(zip(sizes, counts, strict=True)):
+        left, times = min(count, room // size), 1
+        while left:  # 1, 2, 4, ... of them, and what remains: together any number up to `left`
+            times = min(times, left)
+            steps.append((index, times, reachable))
+            reachable |= (reachable << (times * size)) & sums_below
+            left -= times
+            times *= 2
+    total = reachable.bit_length() - 1
+    used = [0] * len(sizes)
+    for index, times, before in reversed(steps):
+        if not before >> total & 1:
+            used[index] += times
+            total -= times * sizes[index]
+    return used

@@ -17,8 +17,8 @@ def random_spans_helper(inputs_length: int, mean_span: float, density: float) ->
     """Raw tokens that fill `inputs_length` after corruption, EOS included, and the length of their targets.
 
     Counts one sentinel per span and one EOS on either side. Never fewer than `inputs_length` tokens, even
-    where the EOS doesn't fit then. Targets that would be longer than that cost one token at density 0.5, as in
-    T5, and as many as it takes at higher densities, which T5 doesn't provide for.
+    where the EOS doesn't fit then. Targets that would be longer than that cost one token at density 0.5, as
+    in T5; at higher densities, which T5 has no rule for, as many as it takes.
     """
 
     def lengths(tokens: int) -> tuple[int, int]:
@@ -51,76 +51,72 @@ def noise_counts(length: int, mean_span: float, density: float) -> tuple[int, in
     return noise, min(spans, length - noise)
 
 
-def span_ends(length: int, noise: int, spans: int, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the kept runs and the noise runs end, each counted in its own tokens: two int64 [n, spans].
+def span_ends(length: int, noise: int, spans: int, draws: np.ndarray) -> np.ndarray:
+    """Where the runs end once all kept tokens are put before all noise tokens: int64 [n, 2 * spans].
 
     An example is kept run 0, noise run 0, kept run 1, ..., and ends with a noise run. All ways to cut
     `length - noise` kept tokens into `spans` runs, and `noise` tokens into as many, are equally likely.
     `draws` is uint64 [n], a random word for each example.
     """
-    return _composition_ends(length - noise, spans, draws), _composition_ends(noise, spans, mix_bits(draws))
-
-
-def _composition_ends(total: int, parts: int, draws: np.ndarray) -> np.ndarray:
-    """Partial sums of `total` as a sum of `parts` positive integers, all ways alike; int64 [n, parts]."""
-    ends = np.empty((len(draws), parts), np.int64)
-    ends[:, -1:] = total
-    if parts < 2:
+    examples, kept = len(draws), length - noise
+    ends = np.empty((examples, 2 * spans), np.int64)
+    if spans == 0:
         return ends
-    # Each of the total - 1 places between tokens gets a random word; the lowest parts - 1 are cut.
-    words = random_words(draws, total - 1)
-    highest = np.partition(words, parts - 2, axis=1)[:, parts - 2, np.newaxis]
-    cut = words <= highest
+    ends[:, spans - 1], ends[:, -1] = kept, length
+    if spans == 1:
+        return ends
+    # Each place between two kept tokens, or two noise tokens, has a random word; the lowest are cut.
+    words = random_words(draws, length - 2)
+    cut = np.empty(words.shape, np.bool_)
+    for part in (slice(kept - 1), slice(kept - 1, None)):
+        highest = np.partition(words[:, part], spans - 2, axis=1)[:, spans - 2, np.newaxis]
+        np.less_equal(words[:, part], highest, out=cut[:, part])
     places = np.flatnonzero(cut)
-    if places.size > len(draws) * (parts - 1):
+    cuts = 2 * (spans - 1)
+    if places.size > examples * cuts:
         # Equal words at the border: those examples are drawn anew, which keeps all ways alike.
-        tied = np.count_nonzero(cut, axis=1) > parts - 1
-        ends[tied] = _composition_ends(total, parts, mix_bits(~draws[tied]))
-        ends[~tied] = _composition_ends(total, parts, draws[~tied])
+        tied = np.count_nonzero(cut, axis=1) > cuts
+        ends[tied] = span_ends(length, noise, spans, mix_bits(draws[tied]))
+        ends[~tied] = span_ends(length, noise, spans, draws[~tied])
         return ends
-    rows = np.arange(len(draws))[:, np.newaxis]
-    ends[:, :-1] = places.reshape(len(draws), parts - 1) - rows * (total - 1) + 1
+    places = places.reshape(examples, cuts)
+    places -= np.arange(0, examples * (length - 2), length - 2)[:, np.newaxis]
+    np.add(places[:, : spans - 1], 1, out=ends[:, : spans - 1])
+    np.add(places[:, spans - 1 :], 2, out=ends[:, spans:-1])
     return ends
 
 
-def corrupt_spans(
-    tokens: np.ndarray, kept_ends: np.ndarray, noise_ends: np.ndarray, first_sentinel: int
-) -> tuple[np.ndarray, np.ndarray]:
+def corrupt_spans(tokens: np.ndarray, ends: np.ndarray, first_sentinel: int) -> tuple[np.ndarray, np.ndarray]:
     """Inputs (each noise run replaced by a sentinel) and targets (each kept run replaced by one).
 
-    `tokens` int32 [n, length], the runs as `span_ends` returns them; sentinels count down from
-    `first_sentinel`. Returns int32 [n, kept + spans] and [n, noise + spans].
+    `tokens` int32 [n, length], `ends` as from `span_ends`; sentinels count down from `first_sentinel`.
+    Returns int32 [n, kept + spans] and [n, noise + spans].
     """
     examples, length = tokens.shape
-    spans = kept_ends.shape[1]
+    spans = ends.shape[1] // 2
     if spans == 0:
         # A single token: T5 makes two of it, kept and noise, and cuts off what is beyond the first.
         return tokens, np.full((examples, 1), first_sentinel, np.int32)
-    kept = int(kept_ends[0, -1])
+    kept = int(ends[0, spans - 1])
     width = length + 2 * spans
-    # Inputs and targets side by side are 2 * spans pieces: a kept run with the sentinel after it, or a noise
-    # run with the sentinel before it. In each piece the token's place is the column plus a fixed shift; the
-    # sentinel reads a neighbour first and is written over.
+    rows = np.arange(examples)[:, np.newaxis]
     number = np.arange(spans)
-    noise_before = np.zeros_like(noise_ends)
-    noise_before[:, 1:] = noise_ends[:, :-1]
-    pieces = np.empty((examples, 2 * spans), np.int64)
-    pieces[:, :spans] = kept_ends
-    pieces[:, 1:spans] -= kept_ends[:, :-1]
-    pieces[:, spans:] = noise_ends - noise_before
-    pieces += 1
-    shifts = np.empty((examples, 2 * spans), np.int64)
-    shifts[:, :spans] = noise_before - number
-    shifts[:, spans:] = kept_ends - (number + 1 + kept + spans)
-    shifts += np.arange(0, examples * length, length)[:, np.newaxis]
+    # Inputs and targets side by side are 2 * spans pieces: kept runs with a sentinel after each, noise runs
+    # with a sentinel before each. Within a piece the place in `tokens` is the column plus a shift; the
+    # sentinel reads a neighbour at first and is then written over.
+    kept_ends, noise_starts = ends[:, :spans], ends[:, spans - 1 : -1]
+    pieces = ends + 1
+    pieces[:, 1:] -= ends[:, :-1]
+    shifts = np.empty_like(ends)
+    np.add(noise_starts, rows * length - number - kept, out=shifts[:, :spans])
+    np.add(kept_ends, rows * length - number - (kept + spans + 1), out=shifts[:, spans:])
     places = np.repeat(shifts.reshape(-1), pieces.reshape(-1)).reshape(examples, width)
     places += np.arange(width)
     result = tokens.reshape(-1).take(places)
-    sentinels = np.empty((examples, 2 * spans), np.int64)
-    sentinels[:, :spans] = kept_ends + number
-    sentinels[:, spans:] = noise_before + (number + kept + spans)
-    sentinels += np.arange(0, examples * width, width)[:, np.newaxis]
-    result.reshape(-1)[sentinels] = np.tile(first_sentinel - number.astype(np.int32), 2)
+    sentinels = np.empty_like(ends)
+    np.add(kept_ends, rows * width + number, out=sentinels[:, :spans])
+    np.add(noise_starts, rows * width + number + spans, out=sentinels[:, spans:])
+    result.reshape(-1)[sentinels] = np.tile(first_sentinel - number, 2)
     return result[:, : kept + spans], result[:, kept + spans :]
 
 
