@@ -20,14 +20,14 @@ from openmoe.data.rng import mix_bits, random_key
 
 # Rows of a block are at least this many where several examples share a row: the last one may stay half empty.
 _PACKED_ROWS = 128
-# PlannedExamples in a block: the first of these multiples that gives each class a whole number, or the last.
+# Examples in a block: the first of these multiples that gives each class a whole number, or the last.
 _BLOCK_EXAMPLES = range(200, 4001, 200)
 # Blocks of a ramp that are added up in one go.
 _RAMP_BLOCKS = 4096
 
 
 class PlannedExamples(NamedTuple):
-    """PlannedExamples in the order of their rows; every array [examples]."""
+    """Examples in the order of their rows; every array [examples]."""
 
     source: np.ndarray
     # Which class of the phase's objective.
@@ -131,17 +131,19 @@ class PhaseRecipe:
         return np.uint64(random_key("recipe", *self._key, *parts).first)
 
     def _examples_before(self, block: int) -> np.ndarray:
-        """PlannedExamples of the earlier blocks, int64 [classes, sources]."""
+        """Examples of the earlier blocks, int64 [classes, sources]."""
         ramp = min(block, self._ramp_blocks)
-        whole, _ = divmod(ramp, _RAMP_BLOCKS)
+        constant = apportion(self._class_counts * (block - ramp), self._rates, self._offsets)
+        if not ramp:
+            return constant
+        whole = ramp // _RAMP_BLOCKS
         while len(self._ramp_sums) <= whole:
             first = (len(self._ramp_sums) - 1) * _RAMP_BLOCKS
             self._ramp_sums.append(self._ramp_sums[-1] + self._ramp(first, first + _RAMP_BLOCKS))
-        ramped = self._ramp_sums[whole] + self._ramp(whole * _RAMP_BLOCKS, ramp)
-        return ramped + apportion(self._class_counts * (block - ramp), self._rates, self._offsets)
+        return constant + self._ramp_sums[whole] + self._ramp(whole * _RAMP_BLOCKS, ramp)
 
     def _ramp(self, first: int, past: int) -> np.ndarray:
-        """PlannedExamples of the ramp's blocks `first` .. `past - 1` together, int64 [classes, sources]."""
+        """Examples of the ramp's blocks `first` .. `past - 1` together, int64 [classes, sources]."""
         blocks = np.arange(first, past)
         done = ((blocks + 0.5) / max(1, self._ramp_blocks))[:, None, None]
         rates = self._ramp_from * (1 - done) + self._rates * done
@@ -209,7 +211,7 @@ def _before(sizes: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 
 def _class_counts(classes: Sequence[ExampleClass], row_tokens: int, packed: bool) -> np.ndarray:
-    """PlannedExamples of each class in a block, int64 [classes]: at their exact rates where 4000 allow it."""
+    """Examples of each class in a block, int64 [classes]: at their exact rates where 4000 allow it."""
     rates = np.array([c.rate for c in classes])
     for examples in _BLOCK_EXAMPLES:
         counts = np.rint(rates * examples)
