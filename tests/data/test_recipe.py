@@ -180,3 +180,17 @@ def test_ul2_at_scale_keeps_table_2(prepared: PreparedData) -> None:
         np.testing.assert_allclose(shares, [0.1, 0.1, 0.1, 0.1, 0.1, 0.5])
         fill = (examples.input_tokens + examples.target_tokens).sum() / (made.block_rows * row_tokens)
         assert fill == pytest.approx(0.673, abs=0.01) if not packed else fill > 0.97
+
+
+def test_shares_of_100000_rows_are_within_three_standard_errors(prepared: PreparedData) -> None:
+    """Catches a mix or denoisers off their rates, judged as if each row had been drawn (Tables 1 and 2)."""
+    version_1 = np.array([7.5, 2.25, 1.0, 1.25, 2.25, 2.25, 33.5, 50.0]) / 100
+    denoisers = np.array([0.1, 0.1, 0.1, 0.1, 0.1, 0.5])
+    rows = 100_000
+    made = PhaseRecipe(
+        make_objective("ul2", 2048, prepared.tokenizer, DataConfig()), version_1, 2048, False, 1, 0
+    )
+    examples = made.examples(12_345, rows)
+    for found, rates in ((examples.source, version_1), (examples.kind, denoisers)):
+        shares = np.bincount(found) / rows
+        assert (np.abs(shares - rates) < 3 * np.sqrt(rates * (1 - rates) / rows)).all()
