@@ -1,4 +1,4 @@
-"""Make, examine and compare tokenizers: `python -m openmoe.launcher.tokenizer command=train|check|compare`."""
+"""`python -m openmoe.launcher.tokenizer command=train|check|compare`: make, examine, compare tokenizers."""
 
 import csv
 import json

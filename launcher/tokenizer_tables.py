@@ -76,24 +76,26 @@ def description(path: str, model: bytes, tokenizer: Tokenizer) -> str:
     """What the model file is and which ids its pieces have here."""
     given, used = parse_model(model, path), parse_model(tokenizer.model, path)
     place = {piece.piece: index for index, piece in enumerate(given.pieces)}
+    sentinels = len(place.keys() & {piece.piece for piece in used.pieces[-SENTINELS:]})
     unk = next(index for index, piece in enumerate(used.pieces) if piece.type == piece.UNKNOWN)
     special = []
     for role, index in (("pad", PAD), ("eos", EOS), ("unk", unk)):
         piece = used.pieces[index].piece
         special.append(f"{role} {index} {piece} ({_before(place.get(piece), index)})")
     rules, trained = given.normalizer_spec, given.trainer_spec
-    fallback = "its bytes" if trained.byte_fallback else "unk"
+    kind = MODEL_TYPES.get(trained.model_type, "other")
+    dummy = "a space" if rules.add_dummy_prefix else "nothing"
+    spaces = "become one" if rules.remove_extra_whitespaces else "stay"
     return "\n".join(
         [
             f"tokenizer    {path}",
-            f"file         {MODEL_TYPES.get(trained.model_type, 'other')}, {len(given.pieces):,} pieces",
+            f"file         {kind}, {len(given.pieces) - sentinels:,} pieces and {sentinels} sentinels",
             f"special      {', '.join(special)}",
             f"sentinels    <extra_id_0> {tokenizer.first_sentinel:,} down to "
             f"<extra_id_{SENTINELS - 1}> {tokenizer.size - SENTINELS:,}",
             f"ids          {tokenizer.size:,}; model.vocab_size={-(-tokenizer.size // 128) * 128} or more",
-            f"normaliser   {rules.name or 'identity'}; {'a' if rules.add_dummy_prefix else 'no'} space before "
-            f"each text; runs of spaces {'become one' if rules.remove_extra_whitespaces else 'stay'}",
-            f"other signs  a character without a piece becomes {fallback}",
+            f"normaliser   {rules.name or 'identity'}; {dummy} before each text; runs of spaces {spaces}",
+            f"fallback     {'the bytes of the character' if trained.byte_fallback else 'unk'}",
             f"sha256       {tokenizer.sha256}",
         ]
     )
