@@ -79,10 +79,9 @@ def span_ends(length: int, noise: int, spans: int, draws: np.ndarray) -> np.ndar
         ends[tied] = span_ends(length, noise, spans, mix_bits(draws[tied]))
         ends[~tied] = span_ends(length, noise, spans, draws[~tied])
         return ends
-    places = places.reshape(examples, cuts)
-    places -= np.arange(0, examples * (length - 2), length - 2)[:, np.newaxis]
-    np.add(places[:, : spans - 1], 1, out=ends[:, : spans - 1])
-    np.add(places[:, spans - 1 :], 2, out=ends[:, spans:-1])
+    columns = places.reshape(examples, cuts) - np.arange(examples)[:, np.newaxis] * (length - 2)
+    np.add(columns[:, : spans - 1], 1, out=ends[:, : spans - 1])
+    np.add(columns[:, spans - 1 :], 2, out=ends[:, spans:-1])
     return ends
 
 

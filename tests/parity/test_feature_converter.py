@@ -6,13 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from openmoe.data.config import DataConfig, PhaseConfig
-from openmoe.data.curriculum import Curriculum
-from openmoe.data.objectives import ExampleSize
-from openmoe.data.packing import Example, empty_batch, fill_row
-from openmoe.data.plan import Planner
-from openmoe.data.rng import RandomKey, random_key
-from openmoe.data.sources import Position
+from openmoe.data.objectives import Examples
+from openmoe.data.packing import empty_batch, next_fit, place
 
 from .golden import golden_files
 
@@ -32,36 +27,12 @@ def positions_in_segments(segment_ids: np.ndarray) -> np.ndarray:
     )
 
 
-class GivenExamples:
-    """Source and objective in one: the examples of a golden case, then one that fits into no row."""
-
-    name, documents, joins_with_eos = "given", 1, False
-
-    def __init__(self, examples: list[Example]) -> None:
-        self._examples = examples
-        self._number = {random_key("example", 0, self.name, i): i for i in range(len(examples))}
-
-    def measure(self, key: RandomKey, available_tokens: int | None = None) -> ExampleSize:
-        number = self._number.get(key)
-        if number is None:
-            return ExampleSize(1, 10**6, 1)
-        given, learned = self._examples[number]
-        return ExampleSize(1, len(given), len(learned))
-
-    def build(self, tokens: np.ndarray, key: RandomKey) -> Example:
-        return self._examples[self._number[key]]
-
-    def skip(self, position: Position, count: int, join_eos: bool) -> Position:
-        return position
-
-
-def packed_rows(examples: list[Example], rows: int, row_length: int) -> list[list[int]]:
-    """Which examples our planner puts into each row of a step."""
-    given = GivenExamples(examples)
-    phase = PhaseConfig(mix={"given": 1.0}, objective="ul2")
-    curriculum = Curriculum([phase], row_length, rows)
-    planner = Planner(curriculum, [given], [given], DataConfig(), row_length, rows, seed=0)  # type: ignore[list-item]
-    return [[given._number[example.key] for example in row] for row in planner.plan_step().rows]
+def given_examples(parts: list[tuple[list[int], list[int]]]) -> Examples:
+    """Examples of these inputs and targets."""
+    sequences = np.zeros((len(parts), max(len(given) + len(learned) for given, learned in parts)), np.int32)
+    for sequence, (given, learned) in zip(sequences, parts, strict=True):
+        sequence[: len(given) + len(learned)] = given + learned
+    return Examples(sequences, *(np.array([len(pair[i]) for pair in parts]) for i in (0, 1)))
 
 
 @pytest.mark.parametrize("path", golden_files("feature_converter*.json"), ids=lambda path: path.stem)
@@ -72,18 +43,21 @@ def test_rows(path: Path) -> None:
     for case in cases:
         features = ["inputs", "targets"] if case["with_inputs"] else ["targets"]
         row_length = sum(case["task_feature_lengths"][name] for name in features)
-        examples = [
-            (np.array(e["inputs"] if case["with_inputs"] else [], np.int32), np.array(e["targets"], np.int32))
-            for e in case["examples"]
-        ]
-        rows = [[i] for i in range(len(examples))]
-        if case["pack"]:
-            rows = packed_rows(examples, len(case["converted"]), row_length)
-        assert sorted(i for row in rows for i in row) == list(range(len(examples)))
+        examples = given_examples(
+            [(e["inputs"] if case["with_inputs"] else [], e["targets"]) for e in case["examples"]]
+        )
+        sizes = (examples.input_tokens + examples.target_tokens).tolist()
+        rows = next_fit(sizes, row_length) if case["pack"] else [[i] for i in range(len(sizes))]
+        assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
         assert len(rows) == len(case["converted"])
+        places = {
+            example: (row, sum(sizes[other] for other in held[:number]), number + 1)
+            for row, held in enumerate(rows)
+            for number, example in enumerate(held)
+        }
         batch = empty_batch(len(rows), row_length)
-        for index, row in enumerate(rows):
-            fill_row(batch, index, [examples[i] for i in row], row)
+        columns = zip(*(places[example] for example in range(len(sizes))), strict=True)
+        place(batch, *columns, examples, range(len(sizes)))
         for index, expected in enumerate(case["converted"]):
             for name, values in expected.items():
                 if name == "decoder_positions":
@@ -97,9 +71,3 @@ def test_rows(path: Path) -> None:
                 else:
                     found = batch[NAMES[name]][index]
                 np.testing.assert_array_equal(found, values, err_msg=name)
-
-
-def test_examples_that_do_not_fit_are_refused() -> None:
-    """Catches an example being cut without a word."""
-    with pytest.raises(ValueError, match="don't fit"):
-        fill_row(empty_batch(1, 4), 0, [(np.arange(3), np.arange(2))], [0])

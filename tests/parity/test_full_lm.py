@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from openmoe.data.objectives import CausalLM
-from openmoe.data.rng import IndexPermutation, random_key
-from openmoe.data.shards import TokenShard
-from openmoe.data.sources import START, TokenSource
+from openmoe.data.config import DataConfig
+from openmoe.data.objectives import Objective, make_objective
+from openmoe.data.tokenizer import EOS
 
 from .golden import golden_files
 
@@ -18,29 +17,18 @@ from .golden import golden_files
 JOINED_DOCUMENTS = 128
 
 
-def source_in_order(documents: list[list[int]]) -> TokenSource:
-    """A source whose shuffled order is the given one."""
-    places = IndexPermutation(len(documents), 0, "full_lm", 0)(np.arange(len(documents)))
-    stored: list[list[int]] = [[] for _ in documents]
-    for place, document in zip(places, documents, strict=True):
-        stored[place] = document
-    offsets = np.concatenate([[0], np.cumsum([len(d) for d in stored])]).astype(np.int64)
-    shard = TokenShard(np.concatenate(stored).astype(np.int32), offsets)
-    return TokenSource("full_lm", shard, seed=0, chunk_tokens=65_536)
-
-
-def rows_of(documents: list[list[int]], objective: CausalLM) -> list[list[int]]:
-    source = source_in_order(documents)
-    position, left = START, source.epoch_tokens(join_eos=True)
-    key = random_key("unused")
+def rows_of(documents: list[list[int]], objective: Objective) -> list[list[int]]:
+    """The targets of every example of the joined documents, the short one at the end too."""
+    assert objective.joins_with_eos
+    text = np.array([token for document in documents for token in [*document, EOS]], np.int32)
+    (only,) = objective.classes
+    draw = np.zeros(1, np.uint64)
     rows = []
-    while left:
-        size = objective.measure(key, left)
-        inputs, targets = objective.build(source.read(position, size.raw_tokens, True), key)
-        assert (len(inputs), len(targets)) == (0, size.target_tokens)
-        rows.append(targets.tolist())
-        position = source.skip(position, size.raw_tokens, True)
-        left -= size.raw_tokens
+    for start in range(0, len(text), only.raw_tokens):
+        tokens = text[start : start + only.raw_tokens]
+        inputs, targets = objective.sizes(0, len(tokens), draw)
+        assert (inputs.tolist(), targets.item() <= only.row_tokens) == ([0], True)
+        rows.append(objective.build(0, tokens[np.newaxis], draw).sequences[0, : targets.item()].tolist())
     return rows
 
 
@@ -51,7 +39,9 @@ def test_rows(path: Path) -> None:
     seq_len = int(re.search(r"targets=(\d+)", content["what"]).group(1))  # type: ignore[union-attr]
     documents = content["docs"]
     joined = [documents[i : i + JOINED_DOCUMENTS] for i in range(0, len(documents), JOINED_DOCUMENTS)]
-    plain = [row for part in joined for row in rows_of(part, CausalLM(seq_len, row_end_eos=False))]
-    released = [row for part in joined for row in rows_of(part, CausalLM(seq_len, row_end_eos=True))]
-    assert plain == content["segments"]
-    assert released == content["after_append_eos_after_trim"]
+    found = []
+    for row_end_eos in (False, True):
+        config = DataConfig(row_end_eos=row_end_eos)
+        objective = make_objective("causal_lm", seq_len, None, config)  # type: ignore[arg-type]
+        found.append([row for part in joined for row in rows_of(part, objective)])
+    assert found == [content["segments"], content["after_append_eos_after_trim"]]
