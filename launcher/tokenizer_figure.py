@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from openmoe.launcher.tokenizer_tables import Comparison
@@ -27,7 +28,7 @@ def draw(comparison: Comparison, path: Path) -> None:
     with plt.rc_context({"font.size": 10, "axes.titleweight": "bold", "axes.titlelocation": "left"}):
         row_inches = 0.22 + 0.035 * len(names)
         figure, (ratio, length, vocabulary) = plt.subplots(
-            1, 3, figsize=(14, 1.8 + row_inches * len(subsets)), sharey=True, layout="constrained"
+            1, 3, figsize=(14, 1.8 + row_inches * len(subsets)), sharey=True, layout=ConstrainedLayoutEngine(wspace=0.05)
         )
         ratios = np.array([[comparison.ratio(subset, name) for name in names] for subset in subsets])
         ratio.axvline(1, color=BASE_LINE, lw=1, zorder=1)
@@ -47,7 +48,6 @@ def draw(comparison: Comparison, path: Path) -> None:
         ratio.set_yticks(range(len(subsets)), subsets)
         ratio.set_ylim(len(subsets) - 0.5, -0.5)
         _legend(figure, comparison, bool(known.all()))
-        figure.get_layout_engine().set(wspace=0.05)
         figure.savefig(path, dpi=130)
         plt.close(figure)
 
