@@ -22,7 +22,7 @@ PACKINGS = {
 
 
 def packed(lengths: list[list[int]], seq_len: int = 24, longest: int = LONGEST, seed: int = 0) -> Batch:
-    """Rows of segments of the given lengths, a prefix in each, padding behind them, and tiles."""
+    """Rows of segments of the given lengths, a stretch of prefix in each, padding behind them, and tiles."""
     draw = np.random.default_rng(seed)
     segments = np.zeros((len(lengths), seq_len), np.int64)
     prefix = np.zeros(segments.shape, bool)
@@ -31,7 +31,8 @@ def packed(lengths: list[list[int]], seq_len: int = 24, longest: int = LONGEST, 
         start = 0
         for number, length in enumerate(row_lengths, start=1):
             segments[row, start : start + length] = number
-            prefix[row, start : start + int(draw.integers(length + 1))] = True
+            first, last = sorted(draw.integers(length + 1, size=2))
+            prefix[row, start + first : start + last] = True
             inputs[row, start] = 0
             start += length
     targets = draw.integers(1, 64, segments.shape) * (segments > 0)
