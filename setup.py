@@ -24,9 +24,12 @@ setup(
         "hydra-core>=1.3.2,<1.4",
         "omegaconf>=2.3,<2.4",
         "pydantic>=2.10,<3",
-        "sentencepiece>=0.2.1,<0.3",
+        "sentencepiece>=0.2.3,<0.3",
         "protobuf>=5,<8",
         "datasets>=4,<6",
+        "pyarrow>=21,<27",
+        "msgspec>=0.20,<0.23",
+        "xxhash>=3.5,<5",
         "safetensors>=0.5,<0.9",
         "wandb>=0.31,<0.32",
         "matplotlib>=3.9,<4",
@@ -49,6 +52,7 @@ setup(
         "console_scripts": [
             "openmoe-train=openmoe.launcher.train:main",
             "openmoe-account=openmoe.launcher.account:main",
+            "openmoe-prepare=openmoe.launcher.prepare:main",
             "openmoe-report=openmoe.launcher.report:main",
             "openmoe-tokenizer=openmoe.launcher.tokenizer:main",
         ]

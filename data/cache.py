@@ -25,7 +25,7 @@ def cache_folder(cache_dir: str | None) -> Path:
     return folder
 
 
-def build_once(final: Path, build: Callable[[Path], None]) -> Path:
+def build_once(final: Path, build: Callable[[Path], object]) -> Path:
     """`final`, after `build` has filled it if it did not exist.
 
     `build` works in a temporary folder beside it, which takes the final name in one step when all is on disk.

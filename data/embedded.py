@@ -8,16 +8,17 @@ the same for the same Python.
 import ast
 import hashlib
 import inspect
+import json
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
+from openmoe.data.cache import build_once
 from openmoe.data.errors import DataError
-from openmoe.data.raw import RawSource
-from openmoe.data.shards import Split
+from openmoe.data.raw import RawSource, folder_sources
 
 NAMES = ("code", "docstrings", "manual")
 
@@ -34,29 +35,32 @@ _FORMAT = 1
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def embedded_sources(names: Sequence[str] | None) -> list[RawSource]:
-    """The embedded sources called `names` (None: all). Raises DataError for another name."""
+def embedded_sources(names: Sequence[str] | None, cache: Path) -> list[RawSource]:
+    """The embedded sources called `names` (None: all), written to `cache`. Raises DataError."""
     for name in names or ():
         if name not in NAMES:
             raise DataError(
                 f"source {name!r} is not embedded; there are {', '.join(NAMES)} (data.root names a folder)"
             )
     modules = _modules()
-    # One key for all three: they change together, with the Python.
     digest = hashlib.sha256(f"{_FORMAT} {sys.version}".encode())
     for path in modules:
         digest.update(path.read_bytes())
-    size_bytes = sum(path.stat().st_size for path in modules)
-    library = cache(lambda: [_split_module(path) for path in modules])  # parsed once for both sources
-    readers: dict[str, Callable[[], Iterator[tuple[Split | None, str]]]] = {
-        "manual": lambda: ((None, text) for text in _manual()),
-        "docstrings": lambda: ((None, docstrings) for docstrings, _ in library()),
-        "code": lambda: ((None, code) for _, code in library()),
+    folder = build_once(cache / f"embedded-{digest.hexdigest()[:32]}", partial(_write, modules))
+    return folder_sources(str(folder), names)
+
+
+def _write(modules: Sequence[Path], folder: Path) -> None:
+    library = [_split_module(path) for path in modules]
+    documents: dict[str, Iterable[str]] = {
+        "manual": _manual(),
+        "docstrings": (docstrings for docstrings, _ in library),
+        "code": (code for _, code in library),
     }
-    return [
-        RawSource(name, f"{digest.hexdigest()}-{name}", size_bytes, readers[name])
-        for name in sorted(set(names or NAMES))
-    ]
+    for name, texts in documents.items():
+        (folder / name).mkdir()
+        with (folder / name / "documents.jsonl").open("w") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts if text)
 
 
 def _modules() -> list[Path]:

@@ -1,23 +1,57 @@
-"""Raw text as it lies on disk: a folder with one sub-folder per source, of jsonl, txt or parquet files.
+"""Raw text as it lies on disk: a folder with one sub-folder per source.
 
     root/SOURCE/*.jsonl                 one {"text": ...} a line
     root/SOURCE/*.txt                   one document a file
-    root/SOURCE/*.parquet               a column `text`
+    root/SOURCE/*.parquet, *.arrow      a column `text`
     root/SOURCE/{train,valid}/...       the same, already split
 
-Files are read in the order of their names. Anything that can't be read is an error with file and line.
+Files of text may be compressed (.gz, .zst). They are read in the order of their names.
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from openmoe.data.errors import DataError
-from openmoe.data.shards import Split
+from openmoe.data.readers import (
+    SUFFIXES,
+    DatasetName,
+    FileRange,
+    OnCorrupt,
+    Reading,
+    file_suffix,
+    open_dataset,
+    read_documents,
+)
+from openmoe.data.shards import Split, file_sha256
 
-SUFFIXES = (".jsonl", ".parquet", ".txt")
+
+@dataclass(frozen=True)
+class RawFile:
+    """One file of a source, or one shard of a streamed dataset."""
+
+    path: Path
+    # SOURCE/..., the same wherever the input lies.
+    name: str
+    # Where the source comes with a split.
+    split: Split | None
+    # 1 for the shard of a dataset, whose size is not known.
+    size_bytes: int
+    dataset: DatasetName | None = None
+    # Of the dataset.
+    shard: int = 0
+
+    def whole(self) -> FileRange:
+        return FileRange(self.path, self.name, self.shard, None, self.dataset)
+
+    def sha256(self) -> str:
+        """Of the content; of a dataset, which can't be had without reading it, of the name."""
+        if self.dataset is None:
+            return file_sha256(self.path)
+        return hashlib.sha256(repr((self.dataset, self.name)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -25,118 +59,99 @@ class RawSource:
     """One source of text before preparation."""
 
     name: str
-    # Identifies the text: changes when any document does.
-    sha256: str
-    # Of the files; for progress only.
-    size_bytes: int
-    # Documents, with their split where the source comes with one.
-    documents: Callable[[], Iterator[tuple[Split | None, str]]]
+    files: tuple[RawFile, ...]
+    # The same wherever a folder lies.
+    origin: str = "a folder"
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the files, compressed ones as they are."""
+        return sum(file.size_bytes for file in self.files)
+
+    def documents(
+        self, text_field: str = "text", on_corrupt: OnCorrupt = "stop"
+    ) -> Iterator[tuple[Split | None, str]]:
+        """All documents with their split, None where the source has none. Raises DataError."""
+        for file in self.files:
+            for text in read_documents(file.whole(), text_field, Reading(on_corrupt)):
+                yield file.split, text
 
 
-def folder_sources(root: str, names: Sequence[str] | None) -> list[RawSource]:
-    """The sources called `names` (None: all) under `root`, ordered by name.
+def folder_sources(root: str, names: Sequence[str] | None, key: str = "data.root") -> list[RawSource]:
+    """The sources called `names` (None: all) under `root`, ordered by name; `key` names it in errors.
 
     Raises DataError for a missing folder, a missing source or a source without files.
     """
     folder = Path(root)
     try:
         if not folder.is_dir():
-            raise DataError(f"data.root={root} is not a folder")
+            raise DataError(f"{key}={root} is not a folder")
         available = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"data.root={root} can't be read: {error}") from None
+        raise DataError(f"{key}={root} can't be read: {error}") from None
     if names is None:
         names = [name for name in available if not name.startswith(".")]
     if not names:
-        raise DataError(f"data.root={root} has no sub-folder; each source is one")
+        raise DataError(f"{key}={root} has no sub-folder; each source is one")
     for name in names:
         if name not in available:
-            raise DataError(f"source {name!r} is not in data.root={root}; there are {', '.join(available)}")
+            raise DataError(f"source {name!r} is not in {key}={root}; there are {', '.join(available)}")
     return [_folder_source(folder / name) for name in sorted(set(names))]
 
 
 def _folder_source(folder: Path) -> RawSource:
-    files = _files(folder)
-    if not files:
-        raise DataError(f"source {folder.name!r} is empty: no {', '.join(SUFFIXES)} file in {folder}")
-    return RawSource(
-        name=folder.name,
-        sha256=_content_sha256(folder, files),
-        size_bytes=sum(path.stat().st_size for _, path in files),
-        documents=lambda: _documents(files),
-    )
-
-
-def _files(folder: Path) -> list[tuple[Split | None, Path]]:
     train, valid = folder / "train", folder / "valid"
     held_back = _text_files(valid) if valid.is_dir() else []
     training = _text_files(train) if train.is_dir() else _text_files(folder)
     split: Split | None = "train" if held_back else None
-    files: list[tuple[Split | None, Path]] = [(split, path) for path in training if path not in held_back]
-    return files + [("valid", path) for path in held_back]
+    files = [_raw_file(folder, path, split) for path in training if valid not in path.parents]
+    files += [_raw_file(folder, path, "valid") for path in held_back]
+    if not files:
+        raise DataError(f"source {folder.name!r} is empty: no {', '.join(SUFFIXES)} file in {folder}")
+    return RawSource(folder.name, tuple(files))
 
 
 def _text_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+    return sorted(path for path in folder.rglob("*") if file_suffix(path) and path.is_file())
 
 
-def _content_sha256(folder: Path, files: Sequence[tuple[Split | None, Path]]) -> str:
-    digest = hashlib.sha256()
-    for split, path in files:
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{split}\0{path.relative_to(folder)}\0{content}\n".encode())
-    return digest.hexdigest()
+def _raw_file(folder: Path, path: Path, split: Split | None) -> RawFile:
+    name = f"{folder.name}/{path.relative_to(folder).as_posix()}"
+    return RawFile(path, name, split, path.stat().st_size)
 
 
-def _documents(files: Sequence[tuple[Split | None, Path]]) -> Iterator[tuple[Split | None, str]]:
-    readers = {".jsonl": _read_jsonl, ".txt": _read_text, ".parquet": _read_parquet}
-    for split, path in files:
-        for text in readers[path.suffix](path):
-            yield split, text
+def dataset_source(dataset: DatasetName) -> RawSource:
+    """The source that a streamed dataset makes: named after it, one file for each of its shards.
+
+    Raises DataError where there is no such dataset.
+    """
+    parts = [dataset.name.rstrip("/").split("/")[-1], *([dataset.config] if dataset.config else [])]
+    name = "".join(letter if letter.isalnum() or letter in "_.-" else "_" for letter in "_".join(parts))
+    count = open_dataset(dataset).num_shards
+    return RawSource(
+        name,
+        tuple(
+            RawFile(Path(dataset.name), f"{name}/{dataset.split}/{shard}-of-{count}", None, 1, dataset, shard)
+            for shard in range(count)
+        ),
+        origin=f"the dataset {dataset.name}",
+    )
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8"))
-                text = record["text"]
-                text.encode("utf-8")  # a lone surrogate, written as \ud800, is no text
-            except (UnicodeDecodeError, UnicodeEncodeError) as error:
-                raise DataError(f"{path}:{number}: not UTF-8: {error.reason}") from None
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: not JSON: {error}") from None
-            except (KeyError, TypeError, AttributeError, RecursionError):
-                raise DataError(f'{path}:{number}: expected a JSON object with a string "text"') from None
-            yield text
-
-
-def _read_text(path: Path) -> Iterator[str]:
-    content = path.read_bytes()
-    try:
-        yield content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8: {error.reason}") from None
-
-
-def _read_parquet(path: Path) -> Iterator[str]:
-    import datasets  # seconds to import, needed for this format only
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs the error that it raises
-    try:
-        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        for number, record in enumerate(rows, start=1):
-            text = record.get("text")
-            if not isinstance(text, str):
-                raise DataError(f"{path}: row {number}: expected a string in the column `text`")
-            yield text
-    except DataError:
-        raise
-    except Exception as error:  # pyarrow's and datasets' own errors share no base class
-        raise DataError(f"{path}: not a parquet file: {' '.join(str(error).split())}") from None
+def file_hashes(sources: Sequence[RawSource], threads: int | None = None) -> dict[str, str]:
+    """sha256 of the content of every file, by its name. Raises DataError where two sources overlap."""
+    files = [file for source in sources for file in source.files]
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        hashes = dict(zip((file.name for file in files), pool.map(RawFile.sha256, files), strict=True))
+    first: dict[str, tuple[str, RawFile]] = {}
+    for source in sources:
+        for file in source.files:
+            name, other = first.setdefault(hashes[file.name], (source.name, file))
+            if file.size_bytes and (name, other.split) != (source.name, file.split):
+                raise DataError(
+                    f"{file.path} and {other.path} have the same content: the text would count twice, in "
+                    f"{source.name} and in {name}; remove one"
+                )
+    return hashes

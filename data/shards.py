@@ -13,10 +13,10 @@ one shard. Both files are little-endian and have no header. Only what the manife
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
@@ -91,13 +91,17 @@ def is_prepared(folder: Path) -> bool:
 
 def write_manifest(folder: Path, values: dict[str, Any]) -> None:
     """Put the manifest of `values` in the place of the old one, in one step."""
-    fresh = folder / f".{MANIFEST}.new"
-    with fresh.open("w") as file:
-        file.write(json.dumps(_FORMAT | values, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, folder / MANIFEST)
-    sync_folder(folder)
+    replace_file(folder / MANIFEST, (json.dumps(_FORMAT | values, indent=1) + "\n").encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that it has its old content or its new one, also after a power cut."""
+    fresh = path.with_name(f".{os.getpid()}-{path.name}")
+    with fresh.open("wb") as file:
+        file.write(content)
+        sync(file)
+    os.replace(fresh, path)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -140,7 +144,7 @@ def _open_source(folder: Path, name: str, parts: list[dict[str, Any]]) -> Prepar
     splits: dict[Split, tuple[Part, ...]] = {
         split: tuple(
             tuple(
-                _open_shard(shard_files(part_folder(folder, name, number), index, split), shard[split])
+                open_shard(shard_files(part_folder(folder, name, number), index, split), shard[split])
                 for index, shard in enumerate(part["shards"])
                 if shard[split]["documents"]
             )
@@ -148,13 +152,16 @@ def _open_source(folder: Path, name: str, parts: list[dict[str, Any]]) -> Prepar
         )
         for split in SPLITS
     }
-    identities = (json.dumps(part["shards"], sort_keys=True) for part in parts)
-    return PreparedSource(
-        name, splits, tuple(hashlib.sha256(identity.encode()).hexdigest() for identity in identities)
-    )
+    return PreparedSource(name, splits, tuple(map(_part_sha256, parts)))
 
 
-def _open_shard(files: ShardFiles, entry: dict[str, Any]) -> TokenShard:
+def _part_sha256(part: dict[str, Any]) -> str:
+    identity = [[shard[split] for split in SPLITS] for shard in part["shards"]]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def open_shard(files: ShardFiles, entry: dict[str, Any]) -> TokenShard:
+    """One split of one shard, if it is what its manifest entry says. Raises DataError."""
     documents, tokens = entry["documents"], entry["tokens"]
     for path, expected in ((files.tokens, 4 * tokens), (files.offsets, 8 * (documents + 1))):
         try:
@@ -179,19 +186,17 @@ def _open_shard(files: ShardFiles, entry: dict[str, Any]) -> TokenShard:
 
 
 def verify(folder: Path) -> Iterator[Path]:
-    """Read every file that the manifest names, yielding its path once its sha256 has proved right.
+    """Read every shard that the manifest names, yielding the path of each file whose sha256 is right.
 
     Raises DataError for one that differs.
     """
-    manifest = read_manifest(folder)
-    open_sources(folder)
-    yield _same_sha256(folder / TOKENIZER, manifest["tokenizer"]["file_sha256"])
-    for name, source in manifest["sources"].items():
+    for name, source in read_manifest(folder)["sources"].items():
         for number, part in enumerate(source["parts"]):
             for index, shard in enumerate(part["shards"]):
                 for split in SPLITS:
                     if shard[split]["documents"]:
                         files = shard_files(part_folder(folder, name, number), index, split)
+                        open_shard(files, shard[split])
                         yield _same_sha256(files.tokens, shard[split]["tokens_sha256"])
                         yield _same_sha256(files.offsets, shard[split]["offsets_sha256"])
 
@@ -217,33 +222,46 @@ class ShardWriter:
         self._fresh = ShardFiles(*(path.with_name(f".{os.getpid()}-{path.name}") for path in files))
         self._file = self._fresh.tokens.open("wb")
         self._digest = hashlib.sha256()
-        self._lengths: list[np.ndarray] = []
+        self._lengths = [np.zeros(1, np.int64)]
+        # Written so far.
+        self.tokens = 0
 
-    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents: int32 [tokens] one after the other, int64 [documents] the length of each."""
-        data = tokens.astype("<i4", copy=False).data
-        self._file.write(data)
-        self._digest.update(data)
-        self._lengths.append(lengths)
+    def add(self, documents: Sequence[np.ndarray]) -> int:
+        """Append documents, each int32 [tokens]. Leaves out empty ones; returns how many these were."""
+        lengths = np.fromiter(map(len, documents), np.int64, len(documents))
+        if documents:
+            tokens = np.concatenate(documents).astype("<i4", copy=False)
+            self._file.write(tokens.data)
+            self._digest.update(tokens.data)
+            self._lengths.append(lengths[lengths > 0])
+            self.tokens += len(tokens)
+        return int(np.count_nonzero(lengths == 0))
 
     def close(self) -> dict[str, int | str]:
         """Finish the files and name them, if there is any document; returns the manifest entry."""
-        offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *self._lengths]), dtype="<i8")
-        with self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        with self._fresh.offsets.open("wb") as file:
-            file.write(offsets.data)
-            file.flush()
-            os.fsync(file.fileno())
-        for fresh, final in zip(self._fresh, self._files, strict=True):
-            if len(offsets) > 1:
+        offsets = np.cumsum(np.concatenate(self._lengths), dtype="<i8")
+        if self.tokens:
+            sync(self._file)
+            with self._fresh.offsets.open("wb") as file:
+                file.write(offsets.data)
+                sync(file)
+            for fresh, final in zip(self._fresh, self._files, strict=True):
                 os.replace(fresh, final)
-            else:
-                fresh.unlink()
         return {
             "documents": len(offsets) - 1,
-            "tokens": int(offsets[-1]),
+            "tokens": self.tokens,
             "tokens_sha256": self._digest.hexdigest(),
             "offsets_sha256": hashlib.sha256(offsets.data).hexdigest(),
         }
+
+    def discard(self) -> None:
+        """Remove what has not got its name."""
+        self._file.close()
+        for path in self._fresh:
+            path.unlink(missing_ok=True)
+
+
+def sync(file: BinaryIO) -> None:
+    """Make what was written outlast a power cut."""
+    file.flush()
+    os.fsync(file.fileno())
