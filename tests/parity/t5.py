@@ -3,6 +3,21 @@
 import numpy as np
 
 
+def random_spans_helper(inputs_length: int, mean_span: float, density: float) -> tuple[int, int]:
+    """Raw tokens and target tokens of an example whose inputs fill `inputs_length`."""
+
+    def lengths(tokens: int) -> tuple[int, int]:
+        noise = round(tokens * density)
+        spans = round(noise / mean_span)
+        return tokens - noise + spans + 1, noise + spans + 1
+
+    tokens = inputs_length
+    while lengths(tokens + 1)[0] <= inputs_length:
+        tokens += 1
+    targets = lengths(tokens)[1]
+    return (tokens - 1, targets - 1) if density == 0.5 and targets > inputs_length else (tokens, targets)
+
+
 def corrupted(tokens: np.ndarray, noise: np.ndarray, first_sentinel: int) -> tuple[list[int], list[int]]:
     """Inputs and targets of `tokens` [n] under the mask `noise`, bool [n]."""
     return _with_sentinels(tokens, noise, first_sentinel), _with_sentinels(tokens, ~noise, first_sentinel)

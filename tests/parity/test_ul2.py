@@ -14,7 +14,7 @@ from openmoe.data.objectives import Objective, make_objective
 from openmoe.data.rng import mix_bits
 
 from .golden import golden_files
-from .t5 import corrupted, ends_of, mask_of
+from .t5 import corrupted, ends_of, mask_of, random_spans_helper
 
 FIRST_SENTINEL = 256_299
 FIRST_EXTRA_ID = 256_000  # ids from here on are sentinels in the golden files
@@ -54,6 +54,15 @@ def test_sizes(content: dict) -> None:
             int(fields["inputs_length"]), float(fields["mean"]), float(fields["density"])
         )
         assert list(found) == expected, name
+
+
+@pytest.mark.parametrize("density", [0.01, 0.15, 0.3, 0.5])
+@pytest.mark.parametrize("mean_span", [1.0, 3.0, 4.5, 8.0, 64.0])
+def test_sizes_at_any_length(mean_span: float, density: float) -> None:
+    """Catches sizes that are T5's at the golden lengths only: short rows, where the EOS doesn't fit too."""
+    for length in [*range(8, 150), 511, 512, 1024, 4095]:
+        found = ul2.random_spans_helper(length, mean_span, density)
+        assert found == random_spans_helper(length, mean_span, density), length
 
 
 @pytest.mark.parametrize("content", documents("ul2_*.json", "stats"))
