@@ -235,7 +235,7 @@ def train_tokenizer(
         )
     except (RuntimeError, UnicodeDecodeError) as error:
         raise DataError(
-            f"no tokenizer of data.tokenizer.vocab_size={config.vocab_size} can be trained on these sources: "
+            f"tokenizer.vocab_size={config.vocab_size}: no tokenizer can be trained on these sources: "
             f"{_one_line(error)}"
         ) from None
     return Tokenizer(model.getvalue())

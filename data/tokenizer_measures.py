@@ -14,6 +14,7 @@ from openmoe.data.tokenizer import Tokenizer
 
 # Documents handed to a tokenizer at once.
 _BATCH_DOCUMENTS = 256
+_SEGMENT_CHARACTERS = 1 << 20
 # Characters shown on either side of a difference.
 _SHOWN_CHARACTERS = 20
 
@@ -23,17 +24,19 @@ def sample_documents(documents: Iterable[str], limit_bytes: int) -> list[str]:
 
     Drawn by a hash of their text: the same ones in whatever order they come. Empty ones are left out.
     """
-    chosen: list[tuple[bytes, int, str]] = []  # the highest hash first
+    chosen: list[tuple[int, int, str]] = []  # with the hash below zero: the heap gives the highest first
+    lowest_refused = -(2**64)
     total_bytes = 0
     for number, text in enumerate(documents):
-        if not text:
-            continue
         content = text.encode()
+        place = -int.from_bytes(hashlib.blake2b(content, digest_size=8, person=b"sample").digest(), "little")
+        if not text or place <= lowest_refused:
+            continue
+        heapq.heappush(chosen, (place, number, text))
         total_bytes += len(content)
-        digest = hashlib.blake2b(content, digest_size=8, person=b"sample").digest()
-        heapq.heappush(chosen, (bytes(255 - byte for byte in digest), number, text))
         while total_bytes > limit_bytes and len(chosen) > 1:
-            total_bytes -= len(heapq.heappop(chosen)[2].encode())
+            lowest_refused, _, refused = heapq.heappop(chosen)
+            total_bytes -= len(refused.encode())
     return [text for _, _, text in sorted(chosen, key=lambda item: item[1])]
 
 
@@ -53,24 +56,24 @@ class RoundTrip:
 
 def round_trip(tokenizer: Tokenizer, texts: Sequence[str], threads: int) -> RoundTrip:
     """Encode and decode every text and compare."""
-    exact = tokens = 0
+    tokens = 0
     encode_seconds = decode_seconds = 0.0
+    different: set[int] = set()
     first_difference = None
-    for start in range(0, len(texts), _BATCH_DOCUMENTS):
-        batch = texts[start : start + _BATCH_DOCUMENTS]
+    for batch in _batches(texts):
         begin = perf_counter()
-        encoded = tokenizer.encode_batch(batch, threads)
+        encoded = tokenizer.encode_batch([segment for _, segment in batch], threads)
         middle = perf_counter()
         decoded = [tokenizer.decode(ids) for ids in encoded]
         encode_seconds += middle - begin
         decode_seconds += perf_counter() - middle
         tokens += sum(map(len, encoded))
-        for number, (text, back) in enumerate(zip(batch, decoded, strict=True), start):
-            if text == back:
-                exact += 1
-            elif first_difference is None:
-                first_difference = (number, *_difference(text, back))
+        for (number, segment), back in zip(batch, decoded, strict=True):
+            if segment != back:
+                different.add(number)
+                first_difference = first_difference or (number, *_difference(segment, back))
     text_bytes = sum(len(text.encode()) for text in texts)
+    exact = len(texts) - len(different)
     return RoundTrip(len(texts), exact, text_bytes, tokens, encode_seconds, decode_seconds, first_difference)
 
 
@@ -115,26 +118,31 @@ class Usage:
 
 
 def count_usage(
-    processors: Mapping[str, sentencepiece.SentencePieceProcessor], texts: Iterable[str], threads: int
+    processors: Mapping[str, sentencepiece.SentencePieceProcessor], texts: Sequence[str], threads: int
 ) -> dict[str, Usage]:
     """Each tokenizer's use of the same texts, with the ids and rules of its own file."""
+    text_bytes = sum(len(text.encode()) for text in texts)
     usage = {
-        name: Usage(0, 0, 0, 0, np.zeros(processor.vocab_size(), bool))
+        name: Usage(len(texts), text_bytes, 0, 0, np.zeros(processor.vocab_size(), bool))
         for name, processor in processors.items()
     }
     for batch in _batches(texts):
-        text_bytes = sum(len(text.encode()) for text in batch)
+        segments = [segment for _, segment in batch]
         for name, processor in processors.items():
-            encoded = processor.encode(batch, num_threads=threads)
-            ids = np.fromiter(chain.from_iterable(encoded), np.int32)
+            ids = np.fromiter(chain.from_iterable(processor.encode(segments, num_threads=threads)), np.int32)
             counts = np.bincount(ids, minlength=processor.vocab_size())
-            usage[name] += Usage(
-                len(batch), text_bytes, len(ids), int(counts[processor.unk_id()]), counts > 0
-            )
+            usage[name].tokens += len(ids)
+            usage[name].unknown_tokens += int(counts[processor.unk_id()])
+            usage[name].used_ids |= counts > 0
     return usage
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    remaining = iter(texts)
-    while batch := list(islice(remaining, _BATCH_DOCUMENTS)):
+def _batches(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
+    """(number of the text, text), long texts in segments: sentencepiece needs 100 bytes a character."""
+    segments = (
+        (number, text[start : start + _SEGMENT_CHARACTERS])
+        for number, text in enumerate(texts)
+        for start in range(0, len(text), _SEGMENT_CHARACTERS)
+    )
+    while batch := list(islice(segments, _BATCH_DOCUMENTS)):
         yield batch

@@ -103,13 +103,14 @@ def check(page: TokenizerPage) -> None:
     begin = time.perf_counter()
     tokenizer = Tokenizer(model, f"tokenizer.path={path}")
     load_seconds = time.perf_counter() - begin
+    sources = [] if page.data.root is None else _sources(page)
     print(description(path, model, tokenizer))
-    if page.data.root is None:
+    if not sources:
         print("round trip   not tried: data.root is null")
         return
     threads = encoding_threads()
     trips = {}
-    for source in _sources(page):
+    for source in sources:
         texts = _sample(page, source)
         with Progress(f"encoding and decoding {source.name}"):
             trips[source.name] = round_trip(tokenizer, texts, threads)

@@ -26,10 +26,9 @@ def draw(comparison: Comparison, path: Path) -> None:
     usages = [[comparison.subsets[subset][name] for name in names] for subset in subsets]
     known = np.array([[u.unknown_tokens <= UNKNOWN_SHARE * u.tokens for u in row] for row in usages])
     with plt.rc_context({"font.size": 10, "axes.titleweight": "bold", "axes.titlelocation": "left"}):
-        row_inches = 0.22 + 0.035 * len(names)
-        figure, (ratio, length, vocabulary) = plt.subplots(
-            1, 3, figsize=(14, 1.8 + row_inches * len(subsets)), sharey=True, layout=ConstrainedLayoutEngine(wspace=0.05)
-        )
+        size = (14, 1.8 + (0.22 + 0.035 * len(names)) * len(subsets))
+        layout = ConstrainedLayoutEngine(wspace=0.05)
+        figure, (ratio, length, vocabulary) = plt.subplots(1, 3, figsize=size, sharey=True, layout=layout)
         ratios = np.array([[comparison.ratio(subset, name) for name in names] for subset in subsets])
         ratio.axvline(1, color=BASE_LINE, lw=1, zorder=1)
         ratio.set_xscale("log", base=2)

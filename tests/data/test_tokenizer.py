@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -10,62 +11,65 @@ from hypothesis import strategies as st
 
 from openmoe.data.config import TokenizerConfig
 from openmoe.data.errors import DataError
-from openmoe.data.prepare import PreparedData
-from openmoe.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from openmoe.data.tokenizer import Tokenizer, TrainingStyle, load_tokenizer, train_tokenizer
+from .conftest import made_up_documents
 
 ALL_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(made_up_documents(1, 150, 40), TokenizerConfig(vocab_size=512))
+
+
 @settings(max_examples=200, deadline=None)
 @given(text=ALL_TEXT)
-def test_every_text_comes_back(prepared: PreparedData, text: str) -> None:
+def test_every_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     """Catches normalisation, dropped spaces, newlines or tabs, and characters lost without byte fallback."""
-    assert prepared.tokenizer.decode(prepared.tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @pytest.mark.parametrize(
     "text",
     ["", " ", "  a\n\n\tb  \r\n", "▁", "a ▁ b▁▁c", "\x00", "日本語 🎉 e\u0301", "</s><pad><unk>", "<0x41>"],
 )
-def test_awkward_texts_come_back(prepared: PreparedData, text: str) -> None:
+def test_awkward_texts_come_back(tokenizer: Tokenizer, text: str) -> None:
     """Catches sentencepiece's own marks (▁, </s>, byte pieces) being taken for what they only look like."""
-    ids = prepared.tokenizer.encode(text)
-    assert prepared.tokenizer.decode(ids) == text
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
     assert not {0, 1, 2} & set(ids)
 
 
-def test_text_never_becomes_a_sentinel(prepared: PreparedData) -> None:
+def test_text_never_becomes_a_sentinel(tokenizer: Tokenizer) -> None:
     """Catches user-defined pieces matching raw text: a web page about T5 would inject sentinels."""
-    tokenizer = prepared.tokenizer
     text = "see <extra_id_0> and <extra_id_3>, <extra_id_299>"
     ids = tokenizer.encode(text)
     assert max(ids) < tokenizer.size - 300
     assert tokenizer.decode(ids) == text
 
 
-def test_sentinels_are_the_last_ids_counting_down(prepared: PreparedData) -> None:
+def test_sentinels_are_the_last_ids_counting_down(tokenizer: Tokenizer) -> None:
     """Catches sentinels in front (sentencepiece's default place) or in rising order."""
-    tokenizer = prepared.tokenizer
     assert tokenizer.first_sentinel == tokenizer.size - 1
     assert tokenizer.decode([tokenizer.first_sentinel]) == "<extra_id_0>"
     assert tokenizer.decode([tokenizer.size - 300]) == "<extra_id_299>"
     assert tokenizer.decode([tokenizer.first_sentinel + 1, 10**6]) == ""
 
 
-def test_encoding_does_not_depend_on_threads(prepared: PreparedData) -> None:
+def test_encoding_does_not_depend_on_threads(tokenizer: Tokenizer) -> None:
     """Catches a batch that comes back in another order, or otherwise, with threads."""
     texts = [f"text {i} " * (i % 7) + ("▁" if i == 30 else "") for i in range(60)]
-    one = prepared.tokenizer.encode_batch(texts, threads=1)
-    assert one == prepared.tokenizer.encode_batch(texts, threads=4)
-    assert one == [prepared.tokenizer.encode(text) for text in texts]
+    one = tokenizer.encode_batch(texts, threads=1)
+    assert one == tokenizer.encode_batch(texts, threads=4)
+    assert one == [tokenizer.encode(text) for text in texts]
 
 
-def test_a_saved_model_is_the_same_tokenizer(prepared: PreparedData, tmp_path: Path) -> None:
+def test_a_saved_model_is_the_same_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Catches a second set of 300 sentinels being added to a model that has them."""
     path = tmp_path / "m.model"
-    path.write_bytes(prepared.tokenizer.model)
+    path.write_bytes(tokenizer.model)
     again = load_tokenizer(str(path))
-    assert (again.size, again.sha256) == (prepared.tokenizer.size, prepared.tokenizer.sha256)
+    assert (again.size, again.sha256) == (tokenizer.size, tokenizer.sha256)
 
 
 def test_a_plain_model_gets_its_sentinels(tmp_path: Path) -> None:
@@ -101,22 +105,58 @@ def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path / "absent.model"))
 
 
-def test_a_model_with_other_special_ids_is_refused() -> None:
-    """Catches a LLaMA-type model (eos 2, no pad) silently putting its unk where padding is expected."""
-    import io
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([f"a few words {i}" for i in range(200)]), model_writer=model, vocab_size=300,
-        byte_fallback=True, minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
-    with pytest.raises(DataError, match="pad id -1 and eos id 2"):
-        Tokenizer(model.getvalue())
-
-
 def test_too_little_text_is_one_line() -> None:
     """Catches sentencepiece's multi-line internal error reaching the user."""
     with pytest.raises(DataError, match="vocab_size=512") as error:
         train_tokenizer([], TokenizerConfig(vocab_size=512))
     assert "\n" not in str(error.value)
     assert sys.getsizeof(str(error.value)) < 2000
+
+
+WORDS = [f"wörter{i % 50} other{i % 31} ﬁve {i}" for i in range(400)]
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_style_of_a_new_tokenizer(model_type: str, tmp_path: Path) -> None:
+    """Catches a style that is taken and not passed on: normaliser, own rules, fallback, spaces."""
+    config = TokenizerConfig(vocab_size=512, model_type=model_type)  # type: ignore[arg-type]
+
+    def back(text: str, **style: Any) -> str:
+        tokenizer = train_tokenizer(WORDS, config, TrainingStyle(**style))
+        return tokenizer.decode(tokenizer.encode(text))
+
+    assert back("ﬁve  Ö ☃") == "ﬁve  Ö ☃"
+    assert back("ﬁve  Ö ☃", normalization="nfkc") == "five  Ö ☃"
+    assert back("ﬁve  Ö ☃", normalization="nmt_nfkc_cf", squeeze_spaces=True, dummy_prefix=True) == "five ö ☃"
+    assert back("ﬁve ☃", byte_fallback=False) == "ﬁve  ⁇ "
+    rules = tmp_path / "rules.tsv"
+    rules.write_text("FB01\t66 69\n")
+    assert back("ﬁve Ö", normalization=str(rules)) == "five Ö"
+
+
+def test_character_coverage() -> None:
+    """Catches rare characters becoming pieces of their own, or common ones not."""
+    texts = [*WORDS, "☃"]
+    for coverage, tokens in ((1.0, 1), (0.99, 3)):
+        tokenizer = train_tokenizer(
+            texts, TokenizerConfig(vocab_size=512), TrainingStyle(character_coverage=coverage)
+        )
+        assert len(tokenizer.encode("☃")) == tokens
+
+
+def test_long_lines_are_used() -> None:
+    """Catches text without line ends being left out, as sentencepiece does beyond 4192 bytes."""
+    tokenizer = train_tokenizer([" ".join(WORDS)], TokenizerConfig(vocab_size=512))
+    assert len(tokenizer.encode("other")) < 3
+
+
+@pytest.mark.parametrize("rules", ["absent.tsv", "bad.tsv", "binary.tsv"])
+def test_rules_that_cannot_be_read(rules: str, tmp_path: Path) -> None:
+    """Catches a traceback for a file of rules that is missing or is none."""
+    (tmp_path / "bad.tsv").write_text("hello world\n")
+    (tmp_path / "binary.tsv").write_bytes(b"\xff\xfe\tzz\n")
+    with pytest.raises(DataError, match=r"tokenizer\.vocab_size=512") as error:
+        train_tokenizer(
+            WORDS, TokenizerConfig(vocab_size=512), TrainingStyle(normalization=f"{tmp_path}/{rules}")
+        )
+    assert "\n" not in str(error.value)
