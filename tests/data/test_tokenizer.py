@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from openmoe.data.config import TokenizerConfig
 from openmoe.data.errors import DataError
 from openmoe.data.tokenizer import Tokenizer, TrainingStyle, load_tokenizer, train_tokenizer
+
 from .conftest import made_up_documents
 
 ALL_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
