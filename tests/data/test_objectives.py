@@ -359,7 +359,10 @@ def test_the_shortest_lengths_work() -> None:
     for name, shortest in (("ul2", 28), ("prefix_lm", 8), ("span_corruption", 8), ("causal_lm", 8)):
         objective = objective_of(name, shortest, DataConfig())
         for index, own in enumerate(objective.classes):
-            assert own.row_tokens <= shortest
+            every_prefix = np.arange(own.raw_tokens, dtype=np.uint64)
+            assert (
+                sum(objective.sizes(index, own.raw_tokens, every_prefix)).max() == own.row_tokens <= shortest
+            )
             for raw_tokens in range(1, own.raw_tokens + 1):
                 case = Case(objective, index, DataConfig(), shortest)
                 assert len(parts(case, numbered(3, raw_tokens), draws(3))) == 3
