@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -67,7 +67,8 @@ def raw_lengths(full: int) -> list[int]:
     return sorted({1, 2, 3, 4, 7, full // 3, full - 1, full} & set(range(1, full + 1)))
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True)
+class Case:
     """One class of one objective."""
 
     objective: Objective
@@ -361,7 +362,9 @@ def test_the_shortest_lengths_work() -> None:
         for index, own in enumerate(objective.classes):
             every_prefix = np.arange(own.raw_tokens, dtype=np.uint64)
             assert (
-                sum(objective.sizes(index, own.raw_tokens, every_prefix)).max() == own.row_tokens <= shortest
+                np.add(*objective.sizes(index, own.raw_tokens, every_prefix)).max()
+                == own.row_tokens
+                <= shortest
             )
             for raw_tokens in range(1, own.raw_tokens + 1):
                 case = Case(objective, index, DataConfig(), shortest)

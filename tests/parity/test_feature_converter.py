@@ -56,8 +56,8 @@ def test_rows(path: Path) -> None:
             for number, example in enumerate(held)
         }
         batch = empty_batch(len(rows), row_length)
-        columns = zip(*(places[example] for example in range(len(sizes))), strict=True)
-        place(batch, *columns, examples, range(len(sizes)))
+        numbers, starts, segments = zip(*(places[i] for i in range(len(sizes))), strict=True)
+        place(batch, numbers, starts, segments, examples, range(len(sizes)))
         for index, expected in enumerate(case["converted"]):
             for name, values in expected.items():
                 if name == "decoder_positions":
