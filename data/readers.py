@@ -230,7 +230,7 @@ def _read_table(source: FileRange, reading: Reading, columns: _Columns) -> Itera
         reading.corrupt(source, "", str(error))
     except (pa.ArrowException, OSError) as error:
         place = f": row {before + done + 1}" if done else ""
-        reading.corrupt(source, place, f"not a {source.path.suffix[1:]} file: {error}")
+        reading.corrupt(source, place, f"not a whole {source.path.suffix} file: {error}")
 
 
 def _parquet_columns(source: FileRange, text_field: str) -> _Columns:
