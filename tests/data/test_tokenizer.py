@@ -122,9 +122,17 @@ def test_style_of_a_new_tokenizer(model_type: str, tmp_path: Path) -> None:
     """Catches a style that is taken and not passed on: normaliser, own rules, fallback, spaces."""
     config = TokenizerConfig(vocab_size=512, model_type=model_type)  # type: ignore[arg-type]
 
+    def new(**style: Any) -> Tokenizer:
+        return train_tokenizer(WORDS, config, TrainingStyle(**style))
+
     def back(text: str, **style: Any) -> str:
-        tokenizer = train_tokenizer(WORDS, config, TrainingStyle(**style))
+        tokenizer = new(**style)
         return tokenizer.decode(tokenizer.encode(text))
+
+    for dummy_prefix in (False, True):
+        tokenizer = new(dummy_prefix=dummy_prefix)
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+        assert pieces.id_to_piece(tokenizer.encode("other")[0]).startswith("▁") == dummy_prefix
 
     assert back("ﬁve  Ö ☃") == "ﬁve  Ö ☃"
     assert back("ﬁve  Ö ☃", normalization="nfkc") == "five  Ö ☃"

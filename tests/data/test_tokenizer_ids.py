@@ -102,6 +102,8 @@ def test_eos_is_never_text() -> None:
     tokenizer = Tokenizer(model)
     assert pieces_of(tokenizer.model)[:2] == ["<<<pad>>>", "<</s>>"]
     text = "a </s> <pad> <<pad>> <<<pad>>> <</s>>"
+    processor = load_processor(tokenizer.model, "model")
+    assert (processor.pad_id(), processor.eos_id()) == (0, EOS)
     assert not {0, EOS} & set(tokenizer.encode(text))
     assert [tokenizer.encode(text)] == expected_ids(model, tokenizer, [text])
 

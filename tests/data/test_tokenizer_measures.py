@@ -26,7 +26,8 @@ def test_a_sample_is_drawn_by_content() -> None:
     assert sample == sorted(sample, key=TEXTS.index)
     assert TEXTS.index(sample[-1]) > 600
     shuffled = random.Random(1).sample(TEXTS, len(TEXTS))
-    assert set(sample_documents(shuffled, 9000)) == set(sample)
+    for limit_bytes in range(1000, 9001, 250):
+        assert set(sample_documents(shuffled, limit_bytes)) == set(sample_documents(TEXTS, limit_bytes))
 
 
 def test_a_sample_has_a_document() -> None:
