@@ -52,6 +52,7 @@ setup(
         "console_scripts": [
             "openmoe-train=openmoe.launcher.train:main",
             "openmoe-account=openmoe.launcher.account:main",
+            "openmoe-inspect-data=openmoe.launcher.inspect_data:main",
             "openmoe-prepare=openmoe.launcher.prepare:main",
             "openmoe-report=openmoe.launcher.report:main",
             "openmoe-tokenizer=openmoe.launcher.tokenizer:main",
