@@ -1,0 +1,67 @@
+"""The process groups of a run in torch, as the tables of `topology` have them."""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from openmoe.parallel.topology import GROUP_NAMES, GroupName, Topology, TopologyError
+
+DENSE_AXES: tuple[GroupName, ...] = ("replicate", "shard", "tensor")
+EXPERT_AXES: tuple[GroupName, ...] = ("replicate", "expert_shard", "expert")
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """Both grids as DeviceMeshes, named by their axes, and a process group of this rank for each name."""
+
+    dense: DeviceMesh  # axes replicate, shard, tensor
+    expert: DeviceMesh  # axes replicate, expert_shard, expert
+    groups: dict[GroupName, dist.ProcessGroup]
+
+
+def build_meshes(topology: Topology, device_type: str) -> Meshes:
+    """Meshes and groups over all ranks of the default process group, which every rank must call together.
+
+    On GPUs pass `device_id` to init_process_group: the groups of an axis are then split off in one call, and
+    otherwise made one by one.
+
+    Raises TopologyError if the default group has another size, RuntimeError if a group is not the table's.
+    """
+    if dist.get_world_size() != topology.world_size:
+        raise TopologyError(
+            f"a layout of {topology.world_size} ranks in a process group of {dist.get_world_size()}: "
+            f"allowed the same number"
+        )
+    dense = init_device_mesh(device_type, topology.dense_shape, mesh_dim_names=DENSE_AXES)
+    expert = init_device_mesh(device_type, topology.expert_shape, mesh_dim_names=EXPERT_AXES)
+    world = dist.group.WORLD
+    assert world is not None, "get_world_size has found it"
+    groups: dict[GroupName, dist.ProcessGroup] = {"world": world}
+    groups |= {axis: expert.get_group(axis) for axis in EXPERT_AXES}
+    groups |= {axis: dense.get_group(axis) for axis in DENSE_AXES}  # its replicate stands for both
+    for product in ("data", "expert_data"):
+        groups[product] = _group_of_axes(topology, product, groups)
+    groups["loss"] = groups["data"]
+    _compare_with_tables(topology, groups)
+    return Meshes(dense, expert, groups)
+
+
+def _group_of_axes(
+    topology: Topology, product: GroupName, made: dict[GroupName, dist.ProcessGroup]
+) -> dist.ProcessGroup:
+    """The group over two axes: one that is made already where an axis is trivial, else a new one."""
+    for name, group in made.items():
+        if topology.groups(name) == topology.groups(product):
+            return group
+    ranks = [list(group) for group in topology.groups(product)]
+    group, _ = dist.new_subgroups_by_enumeration(ranks, group_desc=f"mesh_{product}")
+    return group
+
+
+def _compare_with_tables(topology: Topology, groups: dict[GroupName, dist.ProcessGroup]) -> None:
+    rank = dist.get_rank()
+    for name in GROUP_NAMES:
+        made, table = dist.get_process_group_ranks(groups[name]), list(topology.group(name, rank))
+        if made != table:
+            raise RuntimeError(f"group {name} of rank {rank} has ranks {made}, its table {table}")
