@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,10 +18,11 @@ from openmoe.data.errors import DataError
 from openmoe.data.prepare_config import InputConfig, PrepareConfig
 from openmoe.data.raw import RawSource, dataset_source, file_hashes, folder_sources
 from openmoe.data.readers import DatasetName
-from openmoe.data.shards import TOKENIZER, is_prepared, read_manifest, replace_file, verify
+from openmoe.data.shards import MANIFEST, TOKENIZER, is_prepared, read_manifest, replace_file, verify
 from openmoe.data.tokenizer import Tokenizer, load_tokenizer
 
 _LOCK = ".lock"
+_SOURCE_NAME = r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}"  # what a mix can name
 
 
 def prepare_folder(config: PrepareConfig) -> None:
@@ -46,6 +48,12 @@ def _bring_up(config: PrepareConfig, text_input: str, output: Path) -> None:
     settings = EncodeSettings(data.text_field, data.validation_fraction, data.on_corrupt)
     manifest = read_manifest(output) if is_prepared(output) else None
     sources = _sources(data, text_input, output)
+    for source in sources:
+        if not re.fullmatch(_SOURCE_NAME, source.name) or source.name in (MANIFEST, TOKENIZER):
+            raise DataError(
+                f"source {source.name!r} can't be named so; allowed are letters, digits and _ . - after a first "
+                "letter or digit"
+            )
     if manifest is not None:
         _check_continues(manifest, data, sources)
     _say(f"checking {sum(len(source.files) for source in sources):,} files")

@@ -142,11 +142,11 @@ def _read_jsonl(source: FileRange, text_field: str, reading: Reading) -> Iterato
                         place = f":{_line_number(source.path, first, number)}"
                         reading.corrupt(source, place, text.reason)
                         continue
-                yield text
                 if compressed:
                     reading.share = raw.tell() / size_bytes
                 else:
                     reading.share = (position - source.start) / (stop - source.start)
+                yield text
         except OSError as error:
             if not compressed:
                 raise

@@ -137,7 +137,7 @@ def open_sources(folder: Path) -> dict[str, PreparedSource]:
             name: _open_source(folder, name, entry["parts"]) for name, entry in manifest["sources"].items()
         }
     except (OSError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"prepared data in {folder} is damaged ({error!r}); prepare it again") from None
+        raise DataError(f"prepared data in {folder} is damaged ({error!r}); delete it and prepare it again") from None
 
 
 def _open_source(folder: Path, name: str, parts: list[dict[str, Any]]) -> PreparedSource:
@@ -163,16 +163,15 @@ def _part_sha256(part: dict[str, Any]) -> str:
 def open_shard(files: ShardFiles, entry: dict[str, Any]) -> TokenShard:
     """One split of one shard, if it is what its manifest entry says. Raises DataError."""
     documents, tokens = entry["documents"], entry["tokens"]
+    advice = f"delete {files.tokens.parents[2]} and prepare the data again"
     for path, expected in ((files.tokens, 4 * tokens), (files.offsets, 8 * (documents + 1))):
         try:
             size_bytes = path.stat().st_size
         except OSError as error:
-            raise DataError(f"{path} is missing: {error.strerror}; prepare the data again") from None
+            raise DataError(f"{path} is missing: {error.strerror}; {advice}") from None
         if size_bytes != expected:
             what = "cut short" if size_bytes < expected else "too long"
-            raise DataError(
-                f"{path} is {what}: {size_bytes} bytes, the manifest says {expected}; prepare the data again"
-            )
+            raise DataError(f"{path} is {what}: {size_bytes} bytes, its manifest says {expected}; {advice}")
     with files.offsets.open("rb") as file:
         first = int.from_bytes(file.read(8), "little", signed=True)
         file.seek(8 * documents)
@@ -180,7 +179,7 @@ def open_shard(files: ShardFiles, entry: dict[str, Any]) -> TokenShard:
     if (first, last) != (0, tokens):
         raise DataError(
             f"{files.offsets} is not the index of its shard: it goes from {first} to {last}, the shard has "
-            f"{tokens} tokens; prepare the data again"
+            f"{tokens} tokens; {advice}"
         )
     return TokenShard(files.tokens, files.offsets, documents, tokens)
 
