@@ -230,7 +230,6 @@ def _check_rows(
     topology: Topology, model: ModelConfig, global_batch_rows: int, micro_batch_rows: int
 ) -> None:
     """Each data rank has as many rows as any other, in whole micro-batches of whole routing groups."""
-    rows = topology.rows_of(0, global_batch_rows).stop
     group_rows = 1
     if model.moe_every and model.group_rule == "flaxformer":
         # Its groups follow from the rows at hand, so another layout would train another model.
@@ -240,11 +239,12 @@ def _check_rows(
             )
     elif model.moe_every:
         group_rows = model.group_rows
-        if rows % group_rows:
+        if group_rows > 1 and global_batch_rows % (topology.size("data") * group_rows):
             raise TopologyError(
                 f"train.global_batch_rows={global_batch_rows}: allowed a multiple of parallel.replicate x "
                 f"parallel.shard x model.group_rows = {topology.size('data') * group_rows}"
             )
+    rows = topology.rows_of(0, global_batch_rows).stop
     whole = [micro for micro in range(group_rows, rows + 1, group_rows) if rows % micro == 0]
     if micro_batch_rows not in (-1, *whole):
         groups = f"whole routing groups (model.group_rows={group_rows}) and " if group_rows > 1 else ""

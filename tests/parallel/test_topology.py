@@ -282,6 +282,12 @@ DOES_NOT_FIT: list[tuple[tuple[int, int, int, int], dict[str, Any], str]] = [
         "model.group_rows = 32",
     ),
     (
+        (3, 1, 1, 1),
+        {"group_rows": 2},
+        "train.global_batch_rows=16: allowed a multiple of parallel.replicate x parallel.shard x "
+        "model.group_rows = 6",
+    ),
+    (
         (1, 2, 1, 1),
         {"group_rows": 2, "micro": 1},
         "train.micro_batch_rows=1: allowed -1 or whole routing groups (model.group_rows=2) and a divisor of "
