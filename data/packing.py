@@ -23,7 +23,12 @@ BATCH_ARRAYS: dict[str, tuple[type[np.generic], int]] = {
 
 def empty_batch(rows: int, seq_len: int) -> dict[str, np.ndarray]:
     """A batch of padding."""
-    return {name: np.full((rows, seq_len), padding, dtype) for name, (dtype, padding) in BATCH_ARRAYS.items()}
+    batch: dict[str, np.ndarray] = {}
+    for name, (dtype, padding) in BATCH_ARRAYS.items():
+        batch[name] = np.zeros((rows, seq_len), dtype)  # touches no memory, which a fill would
+        if padding:
+            batch[name].fill(padding)
+    return batch
 
 
 def place(

@@ -253,18 +253,32 @@ def _build(
         first = int(examples.start[mine[0]])
         count = int(examples.start[mine[-1]] + examples.raw_tokens[mine[-1]]) - first
         texts[source] = first, streams[source].read(first, count, objective.joins_with_eos)
-    # Only the last example of a held-back text is shorter than the others of its kind.
-    alike = examples.kind * (int(examples.raw_tokens.max(initial=0)) + 1) + examples.raw_tokens
-    for group in np.unique(alike).tolist():
-        mine = np.flatnonzero(alike == group)
-        tokens = np.empty((len(mine), int(examples.raw_tokens[mine[0]])), np.int32)
-        sources, starts = examples.source[mine], examples.start[mine]
-        for line, source, start in zip(tokens, sources.tolist(), starts.tolist(), strict=True):
-            first, text = texts[source]
-            line[:] = text[start - first : start - first + len(line)]
+    for mine in _alike(examples, len(objective.classes) == 1):
+        tokens = _cut(examples, mine, texts)
         built = objective.build(int(examples.kind[mine[0]]), tokens, examples.draw[mine])
-        row, begin, segment = examples.row[mine], examples.place[mine], examples.segment[mine]
-        place(batch, row.tolist(), begin.tolist(), segment.tolist(), built, sources.tolist())
+        row, start, segment = examples.row[mine], examples.place[mine], examples.segment[mine]
+        sources = examples.source[mine].tolist()
+        place(batch, row.tolist(), start.tolist(), segment.tolist(), built, sources)
+
+
+def _alike(examples: PlannedExamples, one_class: bool) -> list[np.ndarray]:
+    """Indices of examples that are built together: of one class and, where it is the only one, one source.
+
+    Only the last example of a held-back text is shorter than the others of its class.
+    """
+    group = examples.source if one_class else examples.kind
+    group = group * (int(examples.raw_tokens.max(initial=0)) + 1) + examples.raw_tokens
+    return [np.flatnonzero(group == number) for number in np.unique(group).tolist()]
+
+
+def _cut(examples: PlannedExamples, mine: np.ndarray, texts: dict[int, tuple[int, np.ndarray]]) -> np.ndarray:
+    """The text of examples of one length, int32 [n, raw tokens]; `texts` are first number and tokens."""
+    raw_tokens = int(examples.raw_tokens[mine[0]])
+    pieces = []
+    for source, start in zip(examples.source[mine].tolist(), examples.start[mine].tolist(), strict=True):
+        first, text = texts[source]
+        pieces.append(text[start - first : start - first + raw_tokens])
+    return np.concatenate(pieces).reshape(len(mine), raw_tokens)
 
 
 def held_back_examples(

@@ -53,6 +53,12 @@ class Config(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf_nan=
                 f"train.validation_rows={train.validation_rows}: allowed a multiple of "
                 f"model.group_rows={model.group_rows}"
             )
+        if self.data.packing == "dense" and (model.mask_padding or model.route_padding):
+            key = "mask_padding" if model.mask_padding else "route_padding"
+            raise ValueError(
+                f"data.packing=dense: allowed with model.mask_padding=false and model.route_padding=false; "
+                f"{key} is true, and what it does to padding is defined for rows attended to whole"
+            )
         return self
 
 

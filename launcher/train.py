@@ -22,7 +22,7 @@ from openmoe.model.accounting import count_flops
 from openmoe.optim.build import build_optimizer
 from openmoe.optim.schedules import learning_rate
 from openmoe.parallel.build import DTYPES, build_decoder
-from openmoe.parallel.topology import resolve
+from openmoe.parallel.topology import check_fit, resolve
 from openmoe.train.loop import Run, fit
 from openmoe.train.metrics import JsonlWriter, WandbWriter
 from openmoe.train.progress import Progress
@@ -79,7 +79,7 @@ def train(config: Config) -> None:
             name=run_dir.name,
         )
         peak = peak_flops(device, DTYPES[config.train.precision][1])
-        flops = count_flops(config.model, config.train.seq_len)
+        flops = count_flops(config.model, longest_segment(config) or config.train.seq_len)
         run = Run(
             config=config.train,
             model=model,
@@ -112,7 +112,9 @@ def pick_device(config: Config) -> torch.device:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"WORLD_SIZE={text}: allowed a number of processes from 1")
     world_size = int(text)
-    resolve(config.parallel, world_size)
+    topology = resolve(config.parallel, world_size)
+    train = config.train
+    check_fit(topology, config.model, train.seq_len, train.global_batch_rows, train.micro_batch_rows)
     if world_size > 1:
         raise ConfigError(f"WORLD_SIZE={world_size}: this version trains in one process; allowed 1")
     if config.parallel.engine != "torch":

@@ -6,7 +6,8 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
-from openmoe.launcher.entry import load_config, to_config
+from openmoe.launcher.entry import load_config, to_page
+from openmoe.launcher.schema import Config
 
 from .commands import Commands
 
@@ -38,7 +39,7 @@ def test_the_page_holds_every_key(experiment: str, commands: Commands) -> None:
     else:
         with initialize_config_module("openmoe.conf", version_base="1.3"):
             composed = compose("config", [f"experiment={experiment}"])
-    config = to_config(composed)
+    config = to_page(composed, Config)
     page = OmegaConf.to_container(composed, resolve=True)
     assert key_paths(page) == key_paths(config.model_dump())
     assert config == load_config([f"experiment={experiment}"])
@@ -51,7 +52,7 @@ def test_every_optimizer_has_all_its_keys(optim: str) -> None:
     with initialize_config_module("openmoe.conf", version_base="1.3"):
         composed = compose("config", [f"optim={optim}"])
     page = OmegaConf.to_container(composed.optim, resolve=True)
-    assert key_paths(page) == key_paths(to_config(composed).model_dump()["optim"])
+    assert key_paths(page) == key_paths(to_page(composed, Config).model_dump()["optim"])
 
 
 def test_the_bare_command_is_tiny() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from openmoe.launcher.entry import load_config, to_config
+from openmoe.launcher.entry import load_config, to_page
+from openmoe.launcher.schema import Config
 from openmoe.launcher.train import train
 
 from .commands import Commands
@@ -51,7 +52,7 @@ def test_the_folder_holds_what_is_promised(run_dir: Path) -> None:
 
 def test_config_yaml_is_the_whole_run(run_dir: Path, small: Small) -> None:
     """Bug: config.yaml lacks a key or holds another value, so the run can't be repeated from it."""
-    again = to_config(OmegaConf.load(run_dir / "config.yaml"))  # type: ignore[arg-type]
+    again = to_page(OmegaConf.load(run_dir / "config.yaml"), Config)  # type: ignore[arg-type]
     arguments = small(run_dir, "logging.wandb=offline", "train.validate_every_steps=4", "model.n_layers=4")
     assert again == load_config(arguments)
 
