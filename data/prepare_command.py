@@ -51,8 +51,8 @@ def _bring_up(config: PrepareConfig, text_input: str, output: Path) -> None:
     for source in sources:
         if not re.fullmatch(_SOURCE_NAME, source.name) or source.name in (MANIFEST, TOKENIZER):
             raise DataError(
-                f"source {source.name!r} can't be named so; allowed are letters, digits and _ . - after a first "
-                "letter or digit"
+                f"source {source.name!r} can't be named so; allowed are letters, digits and _ . - after a "
+                "first letter or digit"
             )
     if manifest is not None:
         _check_continues(manifest, data, sources)
@@ -72,7 +72,14 @@ def _sources(data: InputConfig, text_input: str, output: Path) -> list[RawSource
     folder = Path(text_input).resolve()
     if folder == output.resolve() or folder in output.resolve().parents:
         raise DataError(f"data.output={output} lies in data.input={text_input}: it would be a source itself")
-    return folder_sources(text_input, data.sources, "data.input")
+    sources = folder_sources(text_input, data.sources, "data.input")
+    for source in sources:
+        read = {file.path for file in source.files}
+        others = [path for path in (Path(text_input) / source.name).rglob("*") if path.is_file()]
+        others = sorted(path for path in others if path not in read)
+        if others:
+            _say(f"{source.name}: {len(others):,} files are not of a kind that is read, e.g. {others[0]}")
+    return sources
 
 
 def _check_continues(manifest: dict[str, Any], data: InputConfig, sources: Sequence[RawSource]) -> None:

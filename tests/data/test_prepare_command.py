@@ -381,9 +381,12 @@ def test_corrupt_records_can_be_skipped(
     records[60:60] = [b'{"text": 1}']
     (root / "a").mkdir(parents=True)
     (root / "a" / "x.jsonl").write_bytes(b"\n".join(records) + b"\n")
+    (root / "a" / "y.json.gz").write_bytes(b"")
     for workers in (1, 2):
         prepare_folder(page(root, tmp_path / f"out{workers}", model, workers=workers, on_corrupt="skip"))
     assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
+    assert "a: 1 files are not of a kind that is read, e.g." in capsys.readouterr().err
+    prepare_folder(page(root, tmp_path / "out1", model, on_corrupt="skip"))
     listed = (tmp_path / "out1" / "a" / "part_0000" / "skipped.txt").read_text().splitlines()
     assert [line.split(": ")[0] for line in listed] == ["a/x.jsonl:5", "a/x.jsonl:61"]
     (train,), (valid,) = (documents_of(tmp_path / "out1", "a", split) for split in SPLITS)
