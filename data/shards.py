@@ -137,7 +137,9 @@ def open_sources(folder: Path) -> dict[str, PreparedSource]:
             name: _open_source(folder, name, entry["parts"]) for name, entry in manifest["sources"].items()
         }
     except (OSError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"prepared data in {folder} is damaged ({error!r}); delete it, prepare again") from None
+        raise DataError(
+            f"prepared data in {folder} is damaged ({error!r}); delete it, prepare again"
+        ) from None
 
 
 def _open_source(folder: Path, name: str, parts: list[dict[str, Any]]) -> PreparedSource:
