@@ -40,7 +40,7 @@ MODELS = {
     "unigram, 32,768 pieces": "maxtext_default_tokenizer.model",
 }
 BATCH_DOCUMENTS = 256
-SHARD_BYTES = 2**22
+SHARD_BYTES = 2**26  # the default
 SECONDS_PER_MODEL = 25.0
 
 
