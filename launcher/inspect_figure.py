@@ -86,5 +86,6 @@ def _prefixes(ax: Axes, statistics: Statistics, index: int) -> None:
     counts, _ = np.histogram(np.arange(len(lengths)), edges, weights=lengths)
     widths = 0.9 * np.diff(edges)
     ax.bar(edges[:-1], counts / examples, widths, align="edge", color=BARS, label="read from the rows")
+    ax.set_ylim(0, 1.6 * max(counts.max() / examples, 1 / bins))  # leaves room for the legend
     ax.axhline(1 / bins, color=ASKED, lw=1.4, label="an even draw")
     ax.set_xlabel("tokens of the prefix")

@@ -111,7 +111,8 @@ def _row(row: Row, reader: TokenReader, is_open: bool) -> Iterator[str]:
         f"<details class=row{' open' if is_open else ''}><summary>"
         f"<b>step {row.step:,}, row {row.number:,}</b> {escape(row.objective)}: "
         f"{row.positions - row.padding:,} of {row.positions:,} positions in {segments} "
-        f"segment{'s' * (segments != 1)}, {row.count(True):,} with loss{_map(row)}</summary>\n"
+        f"segment{'s' * (segments != 1)}, {row.count(True):,} with loss, {row.padding:,} padding"
+        f"{_map(row)}</summary>\n"
     )
     for segment in row.segments:
         yield from _segment(segment, reader)

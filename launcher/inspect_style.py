@@ -49,8 +49,8 @@ h4 em { font-style: normal; border: 1px solid var(--line); border-radius: 9px; p
 h4 small { font-weight: 400; margin-left: 6px; }
 p { margin: 0; }
 /* Inputs and targets side by side where there is room; a lone part takes the whole width. */
-.parts { display: flex; flex-wrap: wrap; gap: 4px 14px; }
-.parts p { flex: 1 1 460px; min-width: 0; }
+.parts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 4px 14px;
+  align-items: start; }
 p.in, p.loss { font: 12.5px/1.75 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
   white-space: pre-wrap; overflow-wrap: anywhere; padding: 0 0 0 9px; }
 p.in { border-left: 3px solid var(--bar); }

@@ -85,7 +85,7 @@ class PageReader(HTMLParser):
         self.addresses += [str(values[name]) for name in ("src", "href") if name in values]
         if tag == "details":
             for column in (self.rows, self.positions, self.loss, self.kinds):
-                column.append([])  # type: ignore[attr-defined]
+                column.append([])
         if tag == "p":
             self._in_loss = values.get("class") == "loss"
         if tag == "i" and "title" in values:
@@ -182,16 +182,27 @@ def test_terminal_shows_every_token_of_a_whole_row(small: Small, run: Run, tmp_p
     assert shortened == "".join([*tokens[:160], " [... 784 tokens ...] ", *tokens[-80:]])
 
 
-def test_dense_rows_are_shortened_by_segments(small: Small, run: Run, tmp_path: Path) -> None:
-    """Catches a row of many segments that fills screens, or segments that vanish without a word."""
+def test_segments_of_a_dense_row(small: Small, run: Run, tmp_path: Path) -> None:
+    """Catches a heading with another segment's source, class or text, a row of many segments that fills
+    screens, and segments that vanish without a word."""
     dense = ("data.packing=dense", "data.example_tokens=64", "train.seq_len=600", ALWAYS_PADDED)
-    arguments = small(tmp_path / "run", *dense, "inspect.rows=1", "inspect.statistics_rows=0")
-    segments = int(re.findall(r"positions in (\d+) segments", run(*arguments))[0])
-    assert segments > 8
-    short = re.sub(r"\s+", " ", run(*arguments))
-    left_out, counts = re.findall(r"\[\.\.\. (\d+) segments: (.*?) \.\.\.\]", short)[0]
-    assert int(left_out) == segments - 4 == sum(int(n) for n in re.findall(r"(?:^|, )(\d+) ", counts))
-    assert len(re.findall(r"^  \d+\. ", run(*arguments, "inspect.whole=true"), re.MULTILINE)) == segments
+    arguments = small(tmp_path / "run", *dense)
+    loader, _, (batch,) = own_batches(arguments, 0, 1)
+    plan = batch.examples
+    headings = [
+        f"  {plan.segment[i]}. {loader.source_names[plan.source[i]]}, {loader.class_names(0)[plan.kind[i]]}, "
+        f"from text tokens {plan.start[i]:,} to {plan.start[i] + plan.raw_tokens[i] - 1:,}"
+        for i in np.flatnonzero(plan.row == 0)
+    ]
+    assert len(headings) > 8
+    arguments += ["inspect.rows=1", "inspect.statistics_rows=0"]
+    whole, short = run(*arguments, "inspect.whole=true").split("\n"), run(*arguments).split("\n")
+    assert [line for line in whole if re.match(r"  \d+\. ", line)] == headings
+    assert [line for line in short if re.match(r"  \d+\. ", line)] == [*headings[:3], headings[-1]]
+    left_out, counts = re.findall(
+        r"\[\.\.\. (\d+) segments: (.*?) \.\.\.\]", " ".join(" ".join(short).split())
+    )[0]
+    assert int(left_out) == len(headings) - 4 == sum(int(n) for n in re.findall(r"(?:^|, )(\d+) ", counts))
 
 
 def test_text_cannot_break_page_or_terminal(small: Small, run: Run, nasty: Path, tmp_path: Path) -> None:
