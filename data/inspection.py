@@ -15,12 +15,13 @@ import numpy as np
 from openmoe.data.config import DataConfig, DenoiserConfig, ObjectiveName
 from openmoe.data.curriculum import Curriculum
 from openmoe.data.loader import StepBatch
+from openmoe.data.objectives import T5_SPANS
 from openmoe.data.recipe import PlannedExamples
 from openmoe.data.tokenizer import EOS, SENTINELS
 
 # What the objectives of a single class stand for in Table 2's terms; causal LM has no such line.
 _SINGLE_CLASS = {
-    "span_corruption": DenoiserConfig(mode="", mean_span=3.0, density=0.15, rate=1.0),
+    "span_corruption": DenoiserConfig(mode="", mean_span=T5_SPANS[0], density=T5_SPANS[1], rate=1.0),
     "prefix_lm": DenoiserConfig(mode="", mean_span=None, density=0.0, rate=1.0),
 }
 

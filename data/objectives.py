@@ -20,7 +20,7 @@ from openmoe.data.tokenizer import EOS, SENTINELS, Tokenizer
 _GROUP_TOKENS = 32768
 
 # T5's mean span and density.
-_T5_SPANS = (3.0, 0.15)
+T5_SPANS = (3.0, 0.15)
 
 
 class ExampleClass(NamedTuple):
@@ -185,11 +185,11 @@ def make_objective(
     if name == "prefix_lm":
         return _one_class(name, example_tokens - 2, _PrefixSplits(example_tokens, ()), False)
     if name == "span_corruption":
-        kind = _SpanCorruption(example_tokens, (), *_T5_SPANS, tokenizer.first_sentinel)
+        kind = _SpanCorruption(example_tokens, (), *T5_SPANS, tokenizer.first_sentinel)
         raw_tokens = example_tokens
         while _row_tokens(kind, raw_tokens) > example_tokens:
             raw_tokens -= 1
-        _require_sentinels(ul2.noise_counts(raw_tokens, *_T5_SPANS)[1], where)
+        _require_sentinels(ul2.noise_counts(raw_tokens, *T5_SPANS)[1], where)
         return _one_class(name, raw_tokens, kind, False)
     return _ul2(example_tokens, tokenizer, data_config, where)
 
