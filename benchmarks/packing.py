@@ -2,7 +2,7 @@
 
     python -m benchmarks.packing            # about 4 minutes on two cores
 
-One model (4 layers, 8 experts, width 128, vocabulary of 4480), a step of 32,768 positions, examples of at most
+One model (4 layers, 8 experts, width 128, vocabulary 4480), a step of 32,768 positions, examples of at most
 2048. Rounds are interleaved, so that a disturbance falls on all; figures are medians of full steps (forward,
 backward, Adafactor), text and tokenizer are those of the demo. Prints a table and writes it to
 benchmarks/results/packing.txt. A dropless row does the same work for every token, so that it compares packing
@@ -25,7 +25,7 @@ from openmoe.optim.build import build_optimizer
 from openmoe.parallel.build import build_decoder
 from openmoe.train.step import micro_batches, train_step
 
-ROUNDS = 5
+ROUNDS = 3
 POSITIONS = 32_768
 RESULT = Path(__file__).resolve().parent / "results" / "packing.txt"
 LONG_ROWS = ("data.packing=dense", f"train.seq_len={POSITIONS}", "data.example_tokens=2048")

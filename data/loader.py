@@ -13,6 +13,7 @@ from openmoe.data.config import DataConfig, ObjectiveName, PhaseConfig
 from openmoe.data.curriculum import Curriculum
 from openmoe.data.errors import DataError
 from openmoe.data.objectives import Objective, make_objective
+from openmoe.data.packing import Allocate
 from openmoe.data.plan import Planner, Repetition, StepPlan, held_back_examples, materialise
 from openmoe.data.prepare import PreparedData
 from openmoe.data.recipe import PlannedExamples
@@ -70,8 +71,9 @@ class Loader:
         global_batch_rows: int,
         seed: int,
         rows: slice | None = None,
+        allocate: Allocate = np.zeros,
     ) -> None:
-        """`rows` selects this rank's rows of the global batch (None: all).
+        """`rows` selects this rank's rows of the global batch (None: all); `allocate` makes their arrays.
 
         Raises DataError for a curriculum that is out of order, names a source that is not there, or has an
         objective that needs longer rows.
@@ -85,6 +87,7 @@ class Loader:
         self._seq_len = seq_len
         self._global_batch_rows = global_batch_rows
         self._seed = seed
+        self._allocate = allocate
         self._rows = rows if rows is not None else slice(None)
         self._require_rows()
         self._streams = [
@@ -160,6 +163,7 @@ class Loader:
                 self._objectives[plan.phase],
                 past_row - first_row,
                 self._seq_len,
+                self._allocate,
             ),
             positions=self.curriculum.tokens_per_step,
             nonpad_tokens=int(sizes.sum()),

@@ -17,7 +17,7 @@ from openmoe.data.config import DataConfig
 from openmoe.data.curriculum import Curriculum
 from openmoe.data.errors import DataError
 from openmoe.data.objectives import Objective
-from openmoe.data.packing import empty_batch, place
+from openmoe.data.packing import Allocate, empty_batch, place
 from openmoe.data.recipe import PhaseRecipe, PlannedExamples
 from openmoe.data.rng import random_key
 from openmoe.data.stream import Position, TokenStream
@@ -228,12 +228,13 @@ def materialise(
     objective: Objective,
     rows: int,
     seq_len: int,
+    allocate: Allocate = np.zeros,
 ) -> dict[str, np.ndarray]:
     """Build `rows` rows: arrays [rows, seq_len] by name (see packing.BATCH_ARRAYS).
 
     The examples of a source must follow one another in its text.
     """
-    batch = empty_batch(rows, seq_len)
+    batch = empty_batch(rows, seq_len, allocate)
     at_once = max(1, _TOKENS_AT_ONCE // seq_len)
     for first_row in range(0, rows, at_once):
         first, past = np.searchsorted(examples.row, [first_row, first_row + at_once])
@@ -274,6 +275,11 @@ def _alike(examples: PlannedExamples, one_class: bool) -> list[np.ndarray]:
 def _cut(examples: PlannedExamples, mine: np.ndarray, texts: dict[int, tuple[int, np.ndarray]]) -> np.ndarray:
     """The text of examples of one length, int32 [n, raw tokens]; `texts` are first number and tokens."""
     raw_tokens = int(examples.raw_tokens[mine[0]])
+    if len(texts) == 1 or (examples.source[mine] == examples.source[mine[0]]).all():
+        first, text = texts[int(examples.source[mine[0]])]
+        start, stop = int(examples.start[mine[0]]) - first, int(examples.start[mine[-1]]) - first + raw_tokens
+        if stop - start == len(mine) * raw_tokens:  # one after the other: no copy
+            return text[start:stop].reshape(len(mine), raw_tokens)
     pieces = []
     for source, start in zip(examples.source[mine].tolist(), examples.start[mine].tolist(), strict=True):
         first, text = texts[source]

@@ -102,8 +102,9 @@ class PhaseRecipe:
         self._ramp_from = rates if ramp_from is None else ramp_from
         self._ramp_blocks = -(-ramp_rows // self.block_rows)
         self._ramp_sums = [np.zeros((classes, len(rates)), np.int64)]
-        # Threads share it: at worst two of them work out the same block.
+        # Threads share both: at worst two of them work out the same block.
         self._block = lru_cache(maxsize=8)(self._make_block)
+        self._examples_before = lru_cache(maxsize=8)(self._count_examples_before)
 
     def tokens_before(self, row: int) -> np.ndarray:
         """Text tokens that each source gives to the rows before `row`, int64 [sources]."""
@@ -111,8 +112,9 @@ class PhaseRecipe:
         tokens = self._raw_tokens @ self._examples_before(block)
         if inside:
             examples = self._block(block)
-            used = examples.row < inside
-            np.add.at(tokens, examples.source[used], examples.raw_tokens[used])
+            used = slice(np.searchsorted(examples.row, inside))
+            given = np.bincount(examples.source[used], examples.raw_tokens[used], len(tokens))
+            tokens = tokens + given.astype(np.int64)
         return tokens
 
     def examples(self, first_row: int, rows: int) -> PlannedExamples:
@@ -130,7 +132,7 @@ class PhaseRecipe:
     def _word(self, *parts: str | int) -> np.uint64:
         return np.uint64(random_key("recipe", *self._key, *parts).first)
 
-    def _examples_before(self, block: int) -> np.ndarray:
+    def _count_examples_before(self, block: int) -> np.ndarray:
         """Examples of the earlier blocks, int64 [classes, sources]."""
         ramp = min(block, self._ramp_blocks)
         constant = apportion(self._class_counts * (block - ramp), self._rates, self._offsets)

@@ -1,6 +1,6 @@
 """One update: micro-batches -> loss -> gradients -> optimizer. Nothing here waits for the device."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,21 @@ class MicroBatch:
 
     batch: Batch
     loss_positions: Tensor
+
+
+def host_zeros(device: torch.device) -> Callable[[tuple[int, int], type[np.generic]], np.ndarray]:
+    """How to allocate a host batch for `device`: a GPU copies from pinned memory while the host goes on.
+
+    So the arrays must live until the copy is done; the loop holds them until it has read the step's metrics.
+    """
+    if device.type != "cuda":
+        return np.zeros
+
+    def pinned(shape: tuple[int, int], dtype: type[np.generic]) -> np.ndarray:
+        kind = torch.from_numpy(np.zeros(0, dtype)).dtype
+        return torch.zeros(shape, dtype=kind, pin_memory=True).numpy()
+
+    return pinned
 
 
 def micro_batches(
@@ -63,8 +78,8 @@ def _micro_batch(
     if longest_segment is not None:
         tiles = SegmentTiles(*map(on_device, tile_index(arrays["segment_ids"], longest_segment)))
     batch = Batch(
-        on_device(arrays["input_tokens"].astype(np.int64)),
-        on_device(arrays["target_tokens"].astype(np.int64)),
+        on_device(arrays["input_tokens"]).long(),
+        on_device(arrays["target_tokens"]).long(),
         on_device(arrays["loss_weights"]),
         segment_ids=on_device(arrays["segment_ids"]) if packed else None,
         prefix_mask=on_device(arrays["prefix_mask"]) if arrays["prefix_mask"].any() else None,

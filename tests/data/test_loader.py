@@ -187,6 +187,21 @@ def test_rows_are_the_same_for_any_ranks_workers_and_resumes(
             assert digest(next(sought)) == expected[after][rows]
 
 
+def test_batches_lie_where_the_allocator_says(
+    prepared: PreparedData, config: DataConfig, reference: list[StepBatch]
+) -> None:
+    """Catches batches that are built elsewhere than in the pinned memory they were given."""
+    made: list[np.ndarray] = []
+
+    def allocate(shape: tuple[int, int], dtype: type[np.generic]) -> np.ndarray:
+        made.append(np.zeros(shape, dtype))
+        return made[-1]
+
+    batch = next(loader(prepared, config, allocate=allocate))
+    assert {id(array) for array in batch.arrays.values()} == {id(array) for array in made}
+    assert_same(batch, reference[0])
+
+
 def test_a_change_of_mix_on_resume_goes_on_with_the_next_text(
     prepared: PreparedData, config: DataConfig
 ) -> None:

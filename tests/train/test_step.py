@@ -7,7 +7,7 @@ import torch
 from openmoe.model.config import ModelConfig
 from openmoe.model.decoder import Decoder
 from openmoe.parallel.build import build_decoder
-from openmoe.train.step import loss_sums, micro_batches
+from openmoe.train.step import host_zeros, loss_sums, micro_batches
 
 CPU = torch.device("cpu")
 
@@ -27,6 +27,17 @@ def host_batch() -> dict[str, np.ndarray]:
         "prefix_mask": (segments > 0) & (np.arange(16) < 3),
         "source_ids": np.zeros(segments.shape, np.int16),
     }
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_host_batches_for_a_gpu_are_pinned() -> None:
+    """Bug: batches in ordinary memory, whose copy holds the host up; ids that are no index on the device."""
+    device = torch.device("cuda")
+    arrays = {name: host_zeros(device)(array.shape, array.dtype.type) for name, array in host_batch().items()}
+    assert all(torch.from_numpy(array).is_pinned() for array in arrays.values())
+    micro = micro_batches(arrays, 3, device)
+    assert all(block.batch.input_tokens.dtype == torch.int64 for block in micro)
+    assert all(block.batch.input_tokens.is_cuda for block in micro)
 
 
 def small_model(**options: object) -> Decoder:
