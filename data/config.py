@@ -22,7 +22,7 @@ class _Section(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf_na
 class TokenizerConfig(_Section):
     """The sentencepiece model, or how to train one on the run's own sources."""
 
-    # A sentencepiece model file with pad 0 and eos 1; null trains one and keeps it in the cache.
+    # A sentencepiece model file; null trains one and keeps it in the cache.
     path: PathText | None = None
     # Pieces of a trained tokenizer, before the 300 sentinels; a small corpus may yield fewer.
     vocab_size: int = Field(default=4096, ge=512, le=1_000_000)

@@ -36,6 +36,11 @@ class Curriculum:
                     f"curriculum[{index - 1}] already ends at step {previous} "
                     f"({self._mark(self.phases[index - 1])}); the marks must grow"
                 )
+            if previous + phase.ramp_steps > end_step:
+                raise DataError(
+                    f"curriculum[{index}].ramp_steps={phase.ramp_steps}: the phase has {end_step - previous} "
+                    "steps; allowed at most as many"
+                )
             self._end_steps.append(end_step)
         if self.phases[0].ramp_steps:
             raise DataError(

@@ -21,8 +21,7 @@ from openmoe.data.stream import TokenStream
 
 # The keys of the data section that decide what stands in a row.
 _ROW_KEYS = {
-    *("mix_rates", "document_chunk_tokens", "row_end_eos", "mode_strings", "denoisers"),
-    *("example_tokens", "packing"),
+    *("document_chunk_tokens", "row_end_eos", "mode_strings", "denoisers", "example_tokens", "packing"),
 }
 
 
@@ -89,6 +88,7 @@ class Loader:
         self._seed = seed
         self._allocate = allocate
         self._rows = rows if rows is not None else slice(None)
+        assert self._rows.step is None, "a rank's rows follow one another"
         self._require_rows()
         self._streams = [
             TokenStream(name, prepared.sources[name].splits["train"], seed, data_config.document_chunk_tokens)
@@ -115,8 +115,8 @@ class Loader:
 
     def _require_sources(self) -> None:
         for index, phase in enumerate(self.curriculum.phases):
-            for name in phase.mix:
-                if name not in self.source_names:
+            for name, rate in phase.mix.items():
+                if rate > 0 and name not in self.source_names:
                     raise DataError(
                         f"curriculum[{index}].mix names the source {name!r}; there are "
                         f"{', '.join(self.source_names)}"
@@ -211,25 +211,24 @@ class Loader:
         return {"identity": self._identity(), "plan": self._yielded.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the step after the state's. Text may have been added to a source since.
+        """Continue with the step after the state's. Sources and their text may have been added since.
 
         Raises DataError where the state belongs to other data.
         """
         saved, here = state.get("identity", {}), self._identity()
         # Another tokenizer changes the sources too, so they come last.
         for key in sorted(saved.keys() | here.keys(), key=lambda key: (key.startswith("source "), key)):
-            if key not in here or key not in saved:
-                where = "is not in this curriculum" if key in saved else "is new in this curriculum"
-                raise DataError(f"a resumed run must read the same sources: {key} {where}")
-            same = saved[key] == here[key]
-            if key.startswith("source "):  # a list of parts, one for each time text was added
-                same = here[key][: len(saved[key])] == saved[key]
+            if key.startswith("source "):
+                # A source may come or go with the curriculum, and text may have been added to it.
+                same = key not in saved or key not in here or here[key][: len(saved[key])] == saved[key]
+            else:
+                same = saved.get(key) == here.get(key)
             if not same:
                 raise DataError(
-                    f"a resumed run must agree in {key}: saved with {saved[key]}, now {here[key]}"
+                    f"a resumed run must agree in {key}: saved with {saved.get(key)}, now {here.get(key)}"
                 )
         self._ahead.clear()
-        self._planner.load_state_dict(state["plan"])
+        self._planner.load_state_dict(state.get("plan", {}))
         self._yielded = copy.copy(self._planner)
 
     def validation_rows(self, objective: ObjectiveName, source: str, rows: int) -> dict[str, np.ndarray]:

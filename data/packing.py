@@ -4,7 +4,7 @@ A row holds whole examples one after the other: inputs ++ targets each, shifted 
 each, loss on the targets only, segment ids from 1, padding 0.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -75,22 +75,26 @@ def place(
         sources[row, start:stop] = source
 
 
-def next_fit(sizes: Iterable[int], row_tokens: int) -> list[list[int]]:
-    """Which examples each row holds, in order: one that doesn't fit closes the row and opens the next.
+class NextFit:
+    """seqio's packing: an example that doesn't fit closes the row and opens the next one."""
 
-    `sizes` are the examples' tokens. Raises ValueError where one is longer than a row of `row_tokens`.
-    """
-    rows: list[list[int]] = []
-    room = 0
-    for index, size in enumerate(sizes):
-        if size > row_tokens:
-            raise ValueError(f"an example of {size} tokens doesn't fit into a row of {row_tokens}")
-        if size > room:
-            rows.append([])
-            room = row_tokens
-        rows[-1].append(index)
-        room -= size
-    return rows
+    def __init__(self, row_tokens: int) -> None:
+        self._row_tokens = row_tokens
+        self._row, self._used, self._segment = 0, 0, 0
+
+    def add(self, size: int) -> tuple[int, int, int]:
+        """Row, first position and segment number of the next example, which takes `size` positions.
+
+        Raises ValueError where it is longer than a row.
+        """
+        if size > self._row_tokens:
+            raise ValueError(f"an example of {size} tokens doesn't fit into a row of {self._row_tokens}")
+        if self._used + size > self._row_tokens:
+            self._row, self._used, self._segment = self._row + 1, 0, 0
+        place = self._used
+        self._used += size
+        self._segment += 1
+        return self._row, place, self._segment
 
 
 def dense_pattern(

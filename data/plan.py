@@ -17,7 +17,7 @@ from openmoe.data.config import DataConfig
 from openmoe.data.curriculum import Curriculum
 from openmoe.data.errors import DataError
 from openmoe.data.objectives import Objective
-from openmoe.data.packing import Allocate, empty_batch, place
+from openmoe.data.packing import Allocate, NextFit, empty_batch, place
 from openmoe.data.recipe import PhaseRecipe, PlannedExamples
 from openmoe.data.rng import random_key
 from openmoe.data.stream import Position, TokenStream
@@ -66,40 +66,47 @@ class Planner:
         self._streams = streams
         self._objectives = objectives
         self._rows = global_batch_rows
+        # The sources each phase reads: others, present or not, change nothing in it.
+        self._active = [np.flatnonzero(self._rates(index, True)) for index in range(len(curriculum.phases))]
         self._recipes = [
-            PhaseRecipe(
-                objective,
-                self._rates(index),
-                seq_len,
-                config.packing == "dense",
-                seed,
-                index,
-                self._rates(index - 1) if phase.ramp_steps else None,
-                phase.ramp_steps * global_batch_rows,
-            )
-            for index, (phase, objective) in enumerate(zip(curriculum.phases, objectives, strict=True))
+            self._recipe(index, seq_len, config.packing == "dense", seed) for index in range(len(objectives))
         ]
         self._identities = [self._identity(index, seq_len, config) for index in range(len(objectives))]
         self.step = 0
         self._phase = 0
         self._phase_step = 0
         self._bases = np.zeros(len(streams), np.int64)
+        # Sources that the run read earlier and no phase names now: kept in case they come back.
+        self._absent: dict[str, list[int]] = {}
 
-    def _rates(self, phase: int) -> np.ndarray:
-        # Every source's text is cut into the same classes of examples, so its share of the examples is its
-        # share of the text: rates per token and per example give the same rows.
-        mix = self._curriculum.phases[phase].mix
-        rates = np.array([mix.get(stream.name, 0.0) for stream in self._streams])
-        return rates / rates.sum()
+    def _rates(self, index: int, with_ramp: bool = False) -> np.ndarray:
+        """The phase's rate of each source; `with_ramp` adds those of the mix it comes from.
+
+        Every source's text is cut into the same classes of examples, so its share of the examples is its
+        share of the text: rates per token and per example give the same rows.
+        """
+        phase = self._curriculum.phases[index]
+        rates = np.array([phase.mix.get(stream.name, 0.0) for stream in self._streams])
+        rates = rates / rates.sum()
+        return rates + self._rates(index - 1) if with_ramp and phase.ramp_steps else rates
+
+    def _recipe(self, index: int, seq_len: int, packed: bool, seed: int) -> PhaseRecipe:
+        ramp_steps, active = self._curriculum.phases[index].ramp_steps, self._active[index]
+        ramp_from = self._rates(index - 1)[active] if ramp_steps else None
+        ramp_rows = ramp_steps * self._rows
+        rates = self._rates(index)[active]
+        return PhaseRecipe(self._objectives[index], rates, seq_len, packed, seed, index, ramp_from, ramp_rows)
 
     def _identity(self, index: int, seq_len: int, config: DataConfig) -> str:
         """Equal exactly where a phase's rows are."""
-        phase = self._curriculum.phases[index]
+        phase, active = self._curriculum.phases[index], self._active[index]
         parts = [
             index,
-            self._rates(index).tolist(),
-            phase.ramp_steps and [phase.ramp_steps * self._rows, self._rates(index - 1).tolist()],
+            [self._streams[source].name for source in active.tolist()],
+            self._rates(index)[active].tolist(),
+            phase.ramp_steps and [phase.ramp_steps * self._rows, self._rates(index - 1)[active].tolist()],
             self._objectives[index].classes,
+            self._recipes[index].class_counts.tolist(),
             [phase.objective, seq_len, config.packing],
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -109,7 +116,8 @@ class Planner:
         self._enter(self._curriculum.phase_at(self.step))
         first_row = (self.step - self._phase_step) * self._rows
         examples = self._recipes[self._phase].examples(first_row, self._rows)
-        examples = examples._replace(start=examples.start + self._bases[examples.source])
+        source = self._active[self._phase][examples.source]
+        examples = examples._replace(source=source, start=examples.start + self._bases[source])
         self.step += 1
         return StepPlan(self.step - 1, self._phase, examples, self._epochs())
 
@@ -134,7 +142,9 @@ class Planner:
     def _numbers(self, step: int) -> np.ndarray:
         """The token number each source has reached when `step` of this phase begins, int64 [sources]."""
         rows = (step - self._phase_step) * self._rows
-        return self._bases + self._recipes[self._phase].tokens_before(rows)
+        numbers = self._bases.copy()
+        numbers[self._active[self._phase]] += self._recipes[self._phase].tokens_before(rows)
+        return numbers
 
     def _positions(self, step: int) -> list[Position]:
         numbers = self._numbers(step).tolist()
@@ -179,7 +189,8 @@ class Planner:
             "phase": self._phase,
             "phase_step": self._phase_step,
             "rows": self._identities[self._phase],
-            "sources": {
+            "sources": self._absent
+            | {
                 stream.name: [int(base), *position]
                 for stream, base, position in zip(self._streams, self._bases, positions, strict=True)
             },
@@ -189,25 +200,24 @@ class Planner:
         """Continue after the step the state was taken at. Raises DataError where it is of another form.
 
         Where the phase has changed since (another mix, another objective), it begins anew with the text that
-        comes next.
+        comes next. A source that is new begins at its start.
         """
         try:
             step, phase, phase_step = (int(state[name]) for name in ("step", "phase", "phase_step"))
-            entries = [[int(n) for n in state["sources"][stream.name]] for stream in self._streams]
-            positions = [Position(*entry[1:]) for entry in entries]
-            rows = state["rows"]
-        except (KeyError, TypeError, ValueError) as error:
+            entries = {name: [int(number) for number in entry] for name, entry in state["sources"].items()}
+            here = [entries.pop(stream.name, [0, 0, 0, 0]) for stream in self._streams]
+            positions = [Position(*entry[1:]) for entry in here]
+            same = phase == self._curriculum.phase_at(max(step - 1, phase_step))
+            same = same and state["rows"] == self._identities[phase]
+            self.step, self._absent = step, entries
+            self._phase = phase if same else self._curriculum.phase_at(step)
+            self._phase_step = phase_step if same else step
+            numbers = self._numbers_of(positions)
+            self._bases = np.array([entry[0] for entry in here]) if same else numbers
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise DataError(f"the data state is not one of this program: {error!r}") from None
-        self.step = step
-        last_phase = self._curriculum.phase_at(max(step - 1, phase_step))
-        if phase == last_phase and rows == self._identities[phase]:
-            self._phase, self._phase_step = phase, phase_step
-            self._bases = np.array([entry[0] for entry in entries])
-            # Text that was added to a source lies in every epoch, the finished ones too: numbers move on.
-            self._bases += self._numbers_of(positions) - self._numbers(step)
-        else:
-            self._phase, self._phase_step = self._curriculum.phase_at(step), step
-            self._bases = self._numbers_of(positions)
+        # Text that was added to a source lies in every epoch, the finished ones too: numbers move on.
+        self._bases += numbers - self._numbers(step)
 
 
 def _first_step_beyond(planner: Planner, source: int, number: int, end: int) -> int:
@@ -297,23 +307,20 @@ def held_back_examples(
     shares = np.cumsum([c.rate for c in objective.classes])
     lines: list[tuple[int, ...]] = []
     draws: list[int] = []
-    row, room, segment, start = 0, seq_len, 1, 0
-    left = stream.epoch_tokens(objective.joins_with_eos)
+    packing = NextFit(seq_len)
+    start, left = 0, stream.epoch_tokens(objective.joins_with_eos)
     while left:
         key = random_key("validation", stream.name, len(lines))
-        index = min(int(np.searchsorted(shares, key.first / 2**64, "right")), len(shares) - 1)
-        raw = min(objective.classes[index].raw_tokens, left)
-        sizes = objective.sizes(index, raw, np.array([key.second], np.uint64))
+        kind = min(int(np.searchsorted(shares, key.first / 2**64, "right")), len(shares) - 1)
+        raw = min(objective.classes[kind].raw_tokens, left)
+        sizes = objective.sizes(kind, raw, np.array([key.second], np.uint64))
         inputs, targets = (int(size[0]) for size in sizes)
-        if inputs + targets > room:
-            row, room, segment = row + 1, seq_len, 1
+        row, place_in_row, segment = packing.add(inputs + targets)
         if row == rows:
             break
-        lines.append((source, index, row, seq_len - room, segment, start, raw, inputs, targets))
+        lines.append((source, kind, row, place_in_row, segment, start, raw, inputs, targets))
         draws.append(key.second)
-        room -= inputs + targets
-        segment += 1
         start += raw
         left -= raw
-    source_of, kind, *rest = np.array(lines, np.int64).reshape(len(lines), 9).T
-    return PlannedExamples(source_of, kind, np.array(draws, np.uint64), *rest)
+    source_of, kinds, *rest = np.array(lines, np.int64).reshape(len(lines), 9).T
+    return PlannedExamples(source_of, kinds, np.array(draws, np.uint64), *rest)

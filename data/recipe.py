@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from openmoe.data.errors import DataError
 from openmoe.data.objectives import ExampleClass, Objective
 from openmoe.data.packing import dense_pattern
 from openmoe.data.rng import mix_bits, random_key
@@ -82,20 +83,22 @@ class PhaseRecipe:
     ) -> None:
         """`rates` float64 [sources] sum to 1. `packed` lets several examples share a row.
 
-        Over the first `ramp_rows` rows the rates go from `ramp_from` to `rates`, in one step a block.
+        Over the first `ramp_rows` rows the rates go from `ramp_from` to `rates`, in one step a block. Raises
+        DataError for a class that is too rare to be in any block.
         """
         self._objective = objective
         self._rates = rates
         self._key = (seed, phase)
         self._raw_tokens = np.array([c.raw_tokens for c in objective.classes], np.int64)
-        self._class_counts = _class_counts(objective.classes, row_tokens, packed)
+        # Examples of each class in a block, int64 [classes].
+        self.class_counts = _class_counts(objective.classes, row_tokens, packed)
         sizes = [c.row_tokens for c in objective.classes]
         classes = len(sizes)
         # int64 [rows, classes]; None where every example has a row of its own, in the order they come.
         self._pattern: np.ndarray | None = None
-        self.block_rows = int(self._class_counts.sum())
+        self.block_rows = int(self.class_counts.sum())
         if packed:
-            self._pattern = dense_pattern(sizes, self._class_counts.tolist(), row_tokens)
+            self._pattern = dense_pattern(sizes, self.class_counts.tolist(), row_tokens)
             self.block_rows = len(self._pattern)
         offsets = mix_bits(np.arange(classes * len(rates), dtype=np.uint64) ^ self._word("offsets"))
         self._offsets = _fraction(offsets).reshape(classes, len(rates))
@@ -135,7 +138,7 @@ class PhaseRecipe:
     def _count_examples_before(self, block: int) -> np.ndarray:
         """Examples of the earlier blocks, int64 [classes, sources]."""
         ramp = min(block, self._ramp_blocks)
-        constant = apportion(self._class_counts * (block - ramp), self._rates, self._offsets)
+        constant = apportion(self.class_counts * (block - ramp), self._rates, self._offsets)
         if not ramp:
             return constant
         whole = ramp // _RAMP_BLOCKS
@@ -152,7 +155,7 @@ class PhaseRecipe:
         # Fresh offsets a block: with fixed ones a source of a small rate would always be rounded alike.
         words = mix_bits(blocks.astype(np.uint64) ^ self._word("ramp"))[:, None, None]
         places = np.arange(self._offsets.size, dtype=np.uint64).reshape(self._offsets.shape)
-        return apportion(self._class_counts, rates, _fraction(mix_bits(words + places))).sum(axis=0)
+        return apportion(self.class_counts, rates, _fraction(mix_bits(words + places))).sum(axis=0)
 
     def _make_block(self, block: int) -> PlannedExamples:
         before = self._examples_before(block)
@@ -220,8 +223,16 @@ def _class_counts(classes: Sequence[ExampleClass], row_tokens: int, packed: bool
         if np.abs(counts - rates * examples).max() < 1e-6:
             break
     else:  # the largest remainders round up
-        counts = np.floor(rates * examples)
-        counts[np.argsort(counts - rates * examples)[: examples - int(counts.sum())]] += 1
+        counts = np.floor(rates * examples + 1e-9)
+        # Rounded and stable, so that equal rates are told apart by their order on every machine.
+        remainders = np.round(rates * examples - counts, 9)
+        counts[np.argsort(-remainders, kind="stable")[: examples - int(counts.sum())]] += 1
+    for example_class, count in zip(classes, counts, strict=True):
+        if not count:
+            raise DataError(
+                f"data.denoisers: {example_class.name} has a share of {example_class.rate:.2g} of the "
+                f"examples; allowed 0 or at least {1 / _BLOCK_EXAMPLES[-1]}"
+            )
     if packed:
         block_tokens = sum(c.row_tokens * n for c, n in zip(classes, counts, strict=True))
         counts *= np.ceil(_PACKED_ROWS * row_tokens / block_tokens)

@@ -1,7 +1,7 @@
 """Randomness without order: every draw is a pure function of names and numbers, never of earlier draws.
 
-A key is a hash of what it belongs to, e.g. (seed, source, example number). Bits come from Philox's raw
-stream, which numpy guarantees to stay the same, and not from `Generator` methods, which it doesn't.
+A key is a hash of what it belongs to, e.g. (seed, source, epoch). Many words come from a key by counting and
+scrambling (splitmix64): the same on every machine, whichever of them are asked for.
 """
 
 import hashlib
@@ -15,17 +15,12 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 class RandomKey(NamedTuple):
-    """Four 64-bit words. The first two serve single draws, the last two seed the stream of `bits`."""
+    """Four independent 64-bit words."""
 
     first: int
     second: int
-    stream_low: int
-    stream_high: int
-
-    def bits(self, count: int) -> np.ndarray:
-        """`count` random words, uint64 [count]."""
-        key = np.array([self.stream_low, self.stream_high], dtype=np.uint64)
-        return np.random.Philox(key=key).random_raw(count)
+    third: int
+    fourth: int
 
 
 def random_key(*parts: str | int) -> RandomKey:

@@ -3,7 +3,7 @@
 Which token stands where is a pure function of (seed, source, number). Documents are shuffled in two steps:
 blocks of 1024 neighbours are put into a random order, 64 of them make a window, and the documents of a window
 are put into a random order again. So 65,536 documents from 64 random places are mixed, and yet any token is
-found in bounded time, from the number of tokens in each block: 16 bytes of memory for 1024 documents.
+found in bounded time, from the number of tokens in each block: some 50 bytes of memory for 1024 documents.
 
 A source to which text was added has several parts. Every epoch goes through them in the order they came, each
 shuffled in itself: what was read before text was added would be read again in the same order.
@@ -33,7 +33,7 @@ class Position(NamedTuple):
     """A place in a source that doesn't depend on whether documents are joined with EOS."""
 
     epoch: int
-    # Of the document, in the epoch's order.
+    # Of the document, in the epoch's order; at an epoch's end, the number of documents.
     document: int
     # Tokens of its piece already read; its length where only the EOS is left.
     offset: int
@@ -93,10 +93,6 @@ class TokenStream:
         self._shard_tokens = lru_cache(maxsize=WINDOW_BLOCKS)(lambda p, s: self._parts[p][s].map_tokens())
         self._shard_offsets = lru_cache(maxsize=4)(lambda p, s: self._parts[p][s].map_offsets())
 
-    def epoch_size(self) -> tuple[int, int]:
-        """Text tokens and documents of one epoch."""
-        return self._tokens, self._documents
-
     def epoch_tokens(self, join_eos: bool) -> int:
         """Tokens of one epoch; `join_eos` counts an EOS after each document."""
         return self._tokens + join_eos * self._documents
@@ -132,7 +128,12 @@ class TokenStream:
         return np.concatenate(pieces) if pieces else np.empty(0, np.int32)
 
     def position(self, number: int, join_eos: bool) -> Position:
-        """The place of token `number`."""
+        """The place of token `number`.
+
+        Where an epoch ends and the next begins it is the end: text that is added later comes first.
+        """
+        if number and number % self.epoch_tokens(join_eos) == 0:
+            return Position(number // self.epoch_tokens(join_eos) - 1, self._documents, 0)
         epoch, window_number, inside = self._find(number, join_eos)
         window = self._window(epoch, window_number)
         document = int(np.searchsorted(window.ends[join_eos], inside, "right"))
@@ -141,6 +142,8 @@ class TokenStream:
 
     def number(self, position: Position, join_eos: bool) -> int:
         """The token number of a place: the inverse of `position`."""
+        if position.document == self._documents:
+            return (position.epoch + 1) * self.epoch_tokens(join_eos)
         windows = self._epoch(position.epoch)
         number = int(np.searchsorted(windows.documents, position.document, "right")) - 1
         document = position.document - int(windows.documents[number])

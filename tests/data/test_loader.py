@@ -14,7 +14,7 @@ from openmoe.data.loader import Loader, StepBatch
 from openmoe.data.packing import BATCH_ARRAYS
 from openmoe.data.prepare import PreparedData, prepare
 from openmoe.data.shards import Part, PreparedSource, Split
-from openmoe.data.stream import TokenStream
+from openmoe.data.stream import Position, TokenStream
 
 from .conftest import made_up_documents, write_source
 
@@ -222,6 +222,36 @@ def test_a_change_of_mix_on_resume_goes_on_with_the_next_text(
     np.testing.assert_array_equal(rows.ravel(), source.read(sum(read), rows.size, True))
 
 
+def test_sources_come_and_go_between_runs(prepared: PreparedData, config: DataConfig) -> None:
+    """Catches a resume that refuses a new mix, or starts a source again that comes back."""
+    some = dataclasses.replace(prepared, sources={n: prepared.sources[n] for n in ("middle", "long")})
+    mix = {"middle": 0.5, "long": 0.5}
+    both = [PhaseConfig(until_steps=5, mix=mix, objective="ul2"), PhaseConfig(mix=MIX_ONE, objective="ul2")]
+    alone = loader(
+        some, config, phases=[PhaseConfig(until_steps=5, mix=mix | {"short": 0.0}, objective="ul2")]
+    )
+    straight = loader(prepared, config, phases=both)
+    for _ in range(3):  # a source that isn't read yet changes nothing
+        one, other = next(alone), next(straight)
+        np.testing.assert_array_equal(one.arrays["target_tokens"], other.arrays["target_tokens"])
+    grown = loader(prepared, config, phases=both)
+    grown.load_state_dict(json.loads(json.dumps(alone.state_dict())))
+    for _ in range(6):
+        assert_same(next(grown), next(straight))
+    # Without `long` for a while, then with it again: it goes on where it was.
+    less = dataclasses.replace(prepared, sources={n: prepared.sources[n] for n in ("middle", "short")})
+    without = loader(less, config, phases=[PhaseConfig(mix={"short": 0.5, "middle": 0.5}, objective="ul2")])
+    without.load_state_dict(json.loads(json.dumps(grown.state_dict())))
+    next(without)
+    again = loader(prepared, config, phases=[PhaseConfig(mix={"long": 1.0}, objective="causal_lm")])
+    again.load_state_dict(json.loads(json.dumps(without.state_dict())))
+    place = grown.state_dict()["plan"]["sources"]["long"][1:]
+    stream = TokenStream("long", prepared.sources["long"].splits["train"], 7, config.document_chunk_tokens)
+    text = next(again).arrays["target_tokens"].ravel()
+    expected = stream.read(stream.number(Position(*place), True), len(text), True)
+    np.testing.assert_array_equal(text, expected)
+
+
 def test_added_text_changes_nothing_that_was_read(prepared: PreparedData, config: DataConfig) -> None:
     """Catches a source that is read from its start again, or skips, when text was added between runs."""
     phases = [PhaseConfig(mix={"short": 0.8, "middle": 0.2}, objective="causal_lm")]
@@ -341,28 +371,25 @@ def test_text_goes_on_across_the_switch(prepared: PreparedData, config: DataConf
         np.testing.assert_array_equal(one.arrays["target_tokens"], other.arrays["target_tokens"])
 
 
-@pytest.mark.parametrize("mix_rates", ["per_token", "per_example"])
 @pytest.mark.parametrize("objective", ["ul2", "causal_lm"])
 def test_the_realised_mix_keeps_to_its_rates(
-    prepared: PreparedData, config: DataConfig, mix_rates: str, objective: str
+    prepared: PreparedData, config: DataConfig, objective: str
 ) -> None:
     """Catches rates that hold for examples or for tokens only, and the old mix being made up for."""
     phases = [
         PhaseConfig(until_steps=100, mix=MIX_ONE, objective=objective),  # type: ignore[arg-type]
         PhaseConfig(mix={k: 10 * v for k, v in MIX_TWO.items()}, objective=objective),  # type: ignore[arg-type]
     ]
-    batches = take(loader(prepared, config.model_copy(update={"mix_rates": mix_rates}), phases=phases), 200)
+    batches = take(loader(prepared, config, phases=phases), 200)
     names = sorted(MIX_ONE)
     for mix, part in ((MIX_ONE, batches[:100]), (MIX_TWO, batches[100:])):
-        given = np.zeros(3)
+        rates = np.array([mix[name] for name in names])
+        tokens, examples = np.zeros(3), np.zeros(3)
         for batch in part:
-            if mix_rates == "per_token":
-                given += [batch.source_text_tokens[name] for name in names]
-            else:
-                given += np.bincount(batch.examples.source, minlength=3)
-            largest = 64 if mix_rates == "per_token" else 1
-            rates = np.array([mix[name] for name in names])
-            assert np.abs(given - rates * given.sum()).max() <= 6 * largest
+            tokens += [batch.source_text_tokens[name] for name in names]
+            examples += np.bincount(batch.examples.source, minlength=3)
+            assert np.abs(tokens - rates * tokens.sum()).max() <= 6 * 64
+            assert np.abs(examples - rates * examples.sum()).max() <= 6
 
 
 def test_a_ramp_leads_from_one_mix_to_the_next(prepared: PreparedData, config: DataConfig) -> None:
@@ -377,8 +404,11 @@ def test_a_ramp_leads_from_one_mix_to_the_next(prepared: PreparedData, config: D
     assert set(shares[60:]) == {1.0}
     for first in (10, 20, 30, 40, 50):
         assert np.mean(shares[first : first + 10]) == pytest.approx((first - 5) / 50, abs=0.05)
-    with pytest.raises(DataError, match=r"curriculum\[0\]\.ramp_steps=50"):
+    with pytest.raises(DataError, match=r"curriculum\[0\]\.ramp_steps=50: no mix comes before"):
         loader(prepared, config, phases=phases[1:])
+    short = [phases[0], phases[1].model_copy(update={"until_steps": 59})]
+    with pytest.raises(DataError, match=r"curriculum\[1\]\.ramp_steps=50: the phase has 49 steps"):
+        loader(prepared, config, phases=short)
 
 
 def test_ul2_draws_its_denoisers_at_their_rates(prepared: PreparedData, config: DataConfig) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from openmoe.data.objectives import Examples
-from openmoe.data.packing import BATCH_ARRAYS, dense_pattern, empty_batch, next_fit, place
+from openmoe.data.packing import BATCH_ARRAYS, NextFit, dense_pattern, empty_batch, place
 
 # UL2 with 2048 tokens an example: Table 2's classes, and 4000 examples at its rates.
 UL2_TOKENS = (1253, 1224, 2048, 2048, 2048, 1028)
@@ -65,11 +65,13 @@ def test_examples_that_do_not_fit_are_refused(start: int) -> None:
 
 
 def test_next_fit() -> None:
-    """Catches a row closed too early or too late, and one filled from further on, as next-fit never does."""
-    assert next_fit([4, 4, 3, 5, 1, 8, 8], 8) == [[0, 1], [2, 3], [4], [5], [6]]
-    assert next_fit([], 8) == []
+    """Catches a row closed too early or too late, and places or segments that don't start anew."""
+    packing = NextFit(8)
+    assert [packing.add(size) for size in (4, 4, 3, 5, 1, 8, 8)] == [
+        (0, 0, 1), (0, 4, 2), (1, 0, 1), (1, 3, 2), (2, 0, 1), (3, 0, 1), (4, 0, 1)
+    ]  # fmt: skip
     with pytest.raises(ValueError, match="9 tokens doesn't fit into a row of 8"):
-        next_fit([4, 9], 8)
+        NextFit(8).add(9)
 
 
 def fill(pattern: np.ndarray, row_tokens: int) -> float:

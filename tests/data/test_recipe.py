@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from openmoe.data.config import DataConfig
+from openmoe.data.errors import DataError
 from openmoe.data.objectives import ExampleClass, Objective, make_objective
 from openmoe.data.prepare import PreparedData
 from openmoe.data.recipe import PhaseRecipe, apportion
@@ -167,6 +168,15 @@ def test_odd_rates_are_rounded_in_four_thousand() -> None:
     made = recipe(objective=objective([60, 40, 33], [0.0004, 1 / 3, 1 - 1 / 3 - 0.0004]))
     assert made.block_rows == 4000
     assert np.bincount(made.examples(0, 4000).kind).tolist() == [2, 1333, 2665]
+    with pytest.raises(DataError, match=r"class 60 has a share of 0.0001 .*at least 0.00025"):
+        recipe(objective=objective([60, 40], [0.0001, 0.9999]))
+
+
+def test_equal_rates_are_rounded_alike_on_every_machine() -> None:
+    """Catches counts that depend on how a processor sorts equal remainders."""
+    rates = np.array([1, 2, 3, 1, 3, 3, 3, 3, 2]) / 21
+    made = recipe(objective=objective([60] * 9, rates.tolist()))
+    assert made.class_counts.tolist() == [191, 381, 572, 191, 571, 571, 571, 571, 381]
 
 
 def test_ul2_at_scale_keeps_table_2(prepared: PreparedData) -> None:

@@ -71,7 +71,7 @@ def test_an_epoch_holds_every_document_once_and_whole(join_eos: bool) -> None:
     """Catches documents that never come, come twice or are cut; EOS missing, doubled or misplaced."""
     source = make()
     size = source.epoch_tokens(join_eos)
-    assert source.epoch_size() == (len(ALL_TOKENS), sum(s.documents for s in SHARDS))
+    assert size == len(ALL_TOKENS) + join_eos * sum(s.documents for s in SHARDS)
     for epoch in range(3):
         tokens = source.read(epoch * size, size, join_eos)
         np.testing.assert_array_equal(np.sort(tokens[tokens != EOS]), ALL_TOKENS)
@@ -133,6 +133,19 @@ def test_appended_text_leaves_the_order_before_it() -> None:
         second = before.read(size, size, join_eos)
         later = after.read(after.epoch_tokens(join_eos), size, join_eos)
         np.testing.assert_array_equal(second, later)
+
+
+@pytest.mark.parametrize("join_eos", [False, True])
+def test_text_added_at_the_end_of_an_epoch_comes_next(join_eos: bool) -> None:
+    """Catches old text read again before the new, where a run had used up a source to its last token."""
+    before, after = make(parts=PARTS[:1]), make(parts=PARTS)
+    size = before.epoch_tokens(join_eos)
+    for epoch in (1, 3):
+        place = before.position(epoch * size, join_eos)
+        assert before.number(place, join_eos) == epoch * size
+        assert before.number(place, not join_eos) == epoch * before.epoch_tokens(not join_eos)
+        new = after.read(after.number(place, join_eos), 5, join_eos)
+        assert (new[new != EOS] >= SHARDS[2].first_token).all()
 
 
 def test_a_place_far_on_touches_a_few_blocks_only() -> None:
