@@ -77,7 +77,8 @@ class DataConfig(_Section):
     # Share of the documents held back for validation where a source has no valid/ folder.
     validation_fraction: float = Field(default=0.05, gt=0, le=0.5)
     tokenizer: TokenizerConfig = TokenizerConfig()
-    # What a mix's rates count: text tokens read, or examples (the released way).
+    # What a mix's rates count: text tokens read, or examples (the released way). Every source's text is cut
+    # into the same kinds of example, so that both give the same rows; kept as the record of what was meant.
     mix_rates: Literal["per_token", "per_example"] = "per_token"
     # One random aligned chunk of at most this many tokens is used of a document per epoch.
     document_chunk_tokens: int = Field(default=65_536, gt=0, le=2**31 - 1)
