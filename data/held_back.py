@@ -1,6 +1,7 @@
 """Which documents are held back for validation: decided by the hash of each document's own text."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 
 import xxhash
@@ -30,7 +31,8 @@ def split_documents(
 
     Where the source has no split of its own, a document is held back if the hash of its text falls below
     `validation_fraction`, so adding documents moves no other. Of the first 256 of a source (`first_shard`) at
-    least one is held back and one is not; of a shard that is a single document, the end of it.
+    least one is held back and one is not. Where these are a single document, or copies of one, the end of it
+    is held back.
     """
     documents = (document for document in documents if document[1])
     if first_shard:
@@ -52,13 +54,28 @@ def _take_first(documents: Iterator[Document]) -> list[Document]:
 
 
 def _split_first(first: list[Document], validation_fraction: float) -> Iterator[tuple[Split, str]]:
-    if len(first) == 1 and first[0][0] is None:
-        text = first[0][1]
-        cut = math.ceil(len(text) * (1 - validation_fraction))
-        cut = text.rfind("\n", 1, cut) + 1 or cut
-        first = [("train", text[:cut]), ("valid", text[cut:])]
     places = [hash_place("split", text) for _, text in first]
-    lowest, highest = min(places, default=0.0), max(places, default=0.0)
+    copies = Counter(places)
+    if len(copies) == 1 and first[0][0] is None:
+        text = first[0][1]
+        cut = _cut_place(text, validation_fraction)
+        yield "train", text[:cut]
+        if text[cut:]:
+            yield "valid", text[cut:]
+        yield from (("train", text) for _, text in first[1:])
+        return
+    held_back = {place for place in copies if place < validation_fraction}
+    # What must change sides is what moves least text to validation.
+    if not held_back and copies:
+        held_back = {min(copies, key=lambda place: (copies[place], place))}
+    elif held_back == set(copies) and copies:
+        held_back.discard(max(copies, key=lambda place: (copies[place], place)))
     for (split, text), place in zip(first, places, strict=True):
-        held_back = place == lowest or (place < validation_fraction and place != highest)
-        yield split or ("valid" if held_back else "train"), text
+        yield split or ("valid" if place in held_back else "train"), text
+
+
+def _cut_place(text: str, validation_fraction: float) -> int:
+    """Where the held-back end of a single document begins: at a line's start, if there is one just before."""
+    cut = max(1, min(len(text) - 1, math.ceil(len(text) * (1 - validation_fraction))))
+    before = min(len(text) - cut, cut // 2)
+    return text.rfind("\n", max(1, cut - before), cut) + 1 or cut

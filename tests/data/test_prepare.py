@@ -119,6 +119,47 @@ def test_few_documents_leave_text_on_both_sides(tmp_path: Path, count: int) -> N
         assert {split for split, _ in split_documents(raw.documents(), 0.5)} == {"train", "valid"}
 
 
+SINGLE = {
+    "title": "Title\n" + "word " * 3000,
+    "lines": "a line\n" * 3000,
+    "far": "x" * 90 + "\n" + "y" * 909,
+    "short": "ab",
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("fraction", [0.05, 0.5])
+def test_a_single_document_is_cut_near_its_end(name: str, fraction: float) -> None:
+    """Catches a line end far from the cut sending almost all of a document to the held-back side."""
+    text = SINGLE[name]
+    (_, train), (split, valid) = split_documents(iter([(None, text)]), fraction)
+    assert train + valid == text
+    assert split == "valid"
+    assert 0 < len(valid) <= max(1, 2 * fraction * len(text))
+    assert len(train) >= len(text) / 4
+    assert name != "lines" or train.endswith("\n")
+
+
+@pytest.mark.parametrize(("twins", "others"), [(2, 0), (256, 40), (300, 0), (255, 1), (3, 1)])
+def test_copies_do_not_vanish_into_validation(twins: int, others: int) -> None:
+    """Catches all copies held back where a source begins with copies of one document."""
+    fraction, trials = 0.01, 30
+    for trial in range(trials):
+        texts = [f"twin {trial}\n" * 20] * twins + [f"{trial} other {i}\n" * 20 for i in range(others)]
+        found = list(split_documents(iter([(None, text) for text in texts]), fraction))
+        assert sorted("".join(text for _, text in found)) == sorted("".join(texts))
+        held_back = sum(split == "valid" for split, _ in found)
+        assert 1 <= held_back <= max(others, 1)
+
+
+def test_all_of_few_documents_below_the_fraction() -> None:
+    """Catches copies held back rather than trained on where every document's hash is low."""
+    texts = ["twin"] * 5 + ["other"]
+    for fraction in (1e-9, 1 - 1e-9):
+        found = split_documents(iter([(None, text) for text in texts]), fraction)
+        assert [split for split, _ in found] == ["train"] * 5 + ["valid"]
+
+
 def test_embedded_sources_are_what_they_say(tmp_path: Path) -> None:
     """Catches docstrings left in the code, tests and packages of others, or an order that changes."""
     raw = {source.name: source for source in embedded_sources(None, tmp_path)}
