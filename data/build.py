@@ -72,6 +72,7 @@ def build(
     entries = manifest["sources"]
     parts = [_new_part(source, entries.get(source.name), hashes, work.shard_bytes) for source in sources]
     parts = [part for part in parts if part.files]
+    _check_apart(parts, entries, hashes)
     receipts = _run(folder, [task for part in parts for task in part.tasks], tokenizer, work)
     for part in parts:
         _check_unchanged(part.files)
@@ -113,6 +114,27 @@ def _new_part(
     files = [file for file in source.files if file.name not in known]
     number = len(entry["parts"])
     return _NewPart(source, number, files, cut_tasks(source.name, number, files, hashes, shard_bytes))
+
+
+def _check_apart(
+    parts: Sequence[_NewPart], entries: Mapping[str, dict[str, Any]], hashes: Mapping[str, str]
+) -> None:
+    """Raises DataError where new text is in the folder already, as another source's."""
+    known = {
+        file["sha256"]: (name, file["name"])
+        for name, entry in entries.items()
+        for part in entry["parts"]
+        for file in part["inputs"]
+        if file["bytes"]
+    }
+    for part in parts:
+        for file in part.files:
+            name, other = known.get(hashes[file.name], (part.source.name, file.name))
+            if name != part.source.name:
+                raise DataError(
+                    f"{file.path} has the same content as {other} in data.output: the text would count "
+                    f"twice, in {part.source.name} and in {name}; leave it out, or choose another data.output"
+                )
 
 
 def _run(folder: Path, tasks: Sequence[Task], tokenizer: Tokenizer, work: Work) -> dict[str, Receipt]:

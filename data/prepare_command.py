@@ -16,8 +16,8 @@ from openmoe.data.build import SKIPPED, UNFINISHED, Work, build, train_on
 from openmoe.data.encode import EncodeSettings
 from openmoe.data.errors import DataError
 from openmoe.data.prepare_config import InputConfig, PrepareConfig
-from openmoe.data.raw import RawSource, dataset_source, file_hashes, folder_sources
-from openmoe.data.readers import DatasetName
+from openmoe.data.raw import RawSource, dataset_source, file_hashes, folder_files, folder_sources
+from openmoe.data.readers import DatasetName, file_suffix
 from openmoe.data.shards import MANIFEST, TOKENIZER, is_prepared, read_manifest, replace_file, verify
 from openmoe.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -74,9 +74,7 @@ def _sources(data: InputConfig, text_input: str, output: Path) -> list[RawSource
         raise DataError(f"data.output={output} lies in data.input={text_input}: it would be a source itself")
     sources = folder_sources(text_input, data.sources, "data.input")
     for source in sources:
-        read = {file.path for file in source.files}
-        others = [path for path in (Path(text_input) / source.name).rglob("*") if path.is_file()]
-        others = sorted(path for path in others if path not in read)
+        others = [path for path in folder_files(Path(text_input) / source.name) if not file_suffix(path)]
         if others:
             _say(f"{source.name}: {len(others):,} files are not of a kind that is read, e.g. {others[0]}")
     return sources

@@ -5,7 +5,8 @@
     root/SOURCE/*.parquet, *.arrow      a column `text`
     root/SOURCE/{train,valid}/...       the same, already split
 
-Files of text may be compressed (.gz, .zst). They are read in the order of their names.
+Files of text may be compressed (.gz, .zst). They are read in the order of their names. Links to files and
+folders are followed.
 """
 
 import hashlib
@@ -104,9 +105,15 @@ def folder_sources(root: str, names: Sequence[str] | None, key: str = "data.root
 def _folder_source(folder: Path) -> RawSource:
     train, valid = folder / "train", folder / "valid"
     held_back = _text_files(valid) if valid.is_dir() else []
-    training = _text_files(train) if train.is_dir() else _text_files(folder)
+    outside = [path for path in _text_files(folder) if not {train, valid} & set(path.parents)]
+    if train.is_dir() and outside:
+        raise DataError(
+            f"{outside[0]} lies beside {train}; where a source has a folder train, its text must be in train "
+            "and valid"
+        )
+    training = _text_files(train) if train.is_dir() else outside
     split: Split | None = "train" if held_back else None
-    files = [_raw_file(folder, path, split) for path in training if valid not in path.parents]
+    files = [_raw_file(folder, path, split) for path in training]
     files += [_raw_file(folder, path, "valid") for path in held_back]
     if not files:
         raise DataError(f"source {folder.name!r} is empty: no {', '.join(SUFFIXES)} file in {folder}")
@@ -114,7 +121,29 @@ def _folder_source(folder: Path) -> RawSource:
 
 
 def _text_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if file_suffix(path) and path.is_file())
+    return [path for path in folder_files(folder) if file_suffix(path)]
+
+
+def folder_files(folder: Path) -> list[Path]:
+    """All files below `folder` by name, links followed; a folder with several ways to it is read once.
+
+    Raises DataError for a folder that can't be read.
+    """
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    for path, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort()
+        found += [Path(path, name) for name in names]
+    return sorted(path for path in found if path.is_file())
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"{error.filename} can't be read: {error.strerror}")
 
 
 def _raw_file(folder: Path, path: Path, split: Split | None) -> RawFile:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Literal
 
 import msgspec
 
-from openmoe.data.errors import DataError
+from openmoe.data.errors import DataError, one_line
 
 OnCorrupt = Literal["stop", "skip"]
 
@@ -61,7 +61,7 @@ class Reading:
 
     def corrupt(self, source: FileRange, place: str, reason: str) -> None:
         """Note a record that can't be read. Raises DataError where that is to stop the work."""
-        reason = " ".join(reason.split())
+        reason = one_line(reason)
         if self._on_corrupt == "stop":
             raise DataError(f"{source.path}{place}: {reason}")
         self.skipped.append(f"{source.name}{place}: {reason}")
@@ -113,8 +113,7 @@ def countable_units(path: Path) -> int:
 
 
 def _read_jsonl(source: FileRange, text_field: str, reading: Reading) -> Iterator[str]:
-    record = msgspec.defstruct("Record", [("text", str)], rename={"text": text_field})
-    decode: Callable[[bytes], Any] = msgspec.json.Decoder(record).decode
+    decode = _fast_parser(text_field)
     compressed = source.path.suffix != ".jsonl"
     with source.path.open("rb") as raw:
         size_bytes = raw.seek(0, 2)
@@ -151,6 +150,19 @@ def _read_jsonl(source: FileRange, text_field: str, reading: Reading) -> Iterato
             if not compressed:
                 raise
             reading.corrupt(source, f":{number + 1}", f"damaged from about here on: {error}")
+
+
+def _fast_parser(text_field: str) -> Callable[[bytes], Any]:
+    """Raises ValueError for what is better left to the slow one."""
+    try:
+        record = msgspec.defstruct("Record", [("text", str)], rename={"text": text_field})
+    except ValueError:  # a name that JSON has to escape
+        return _refuse
+    return msgspec.json.Decoder(record).decode
+
+
+def _refuse(line: bytes) -> Any:
+    raise ValueError
 
 
 def _text_of(line: bytes, text_field: str) -> "str | _NoText":
@@ -306,18 +318,20 @@ def open_dataset(dataset: DatasetName) -> Any:
     try:
         return datasets.load_dataset(dataset.name, dataset.config, split=dataset.split, streaming=True)
     except Exception as error:  # its own errors, its file systems' and the network's share no base class
-        raise DataError(
-            f"data.input={dataset.name} is no folder and no dataset: {_one_line(error)}"
-        ) from None
+        raise DataError(f"data.input={dataset.name} is no folder and no dataset: {one_line(error)}") from None
 
 
 def _read_dataset(
     source: FileRange, dataset: DatasetName, text_field: str, reading: Reading
 ) -> Iterator[str]:
     stream = open_dataset(dataset)
+    splits = stream.info.splits or {}
+    # Of the shards on the average, where the hub knows it.
+    rows = splits[dataset.split].num_examples / stream.num_shards if dataset.split in splits else 0
     number = 0
     try:
         for number, record in enumerate(stream.shard(stream.num_shards, source.start), start=1):
+            reading.share = min(1.0, number / rows) if rows else 0.0
             text = record.get(text_field)
             if isinstance(text, str):
                 yield text
@@ -326,8 +340,4 @@ def _read_dataset(
     except DataError:
         raise
     except Exception as error:  # as above
-        reading.corrupt(source, f": row {number + 1}", _one_line(error))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        reading.corrupt(source, f": row {number + 1}", str(error))

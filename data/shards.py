@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
-from openmoe.data.errors import DataError
+from openmoe.data.errors import DataError, one_line
 
 Split = Literal["train", "valid"]
 SPLITS: tuple[Split, ...] = ("train", "valid")
@@ -119,7 +119,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} can't be read: {' '.join(str(error).split())}") from None
+        raise DataError(f"{path} can't be read: {one_line(error)}") from None
     if not isinstance(values, dict) or {key: values.get(key) for key in _FORMAT} != _FORMAT:
         raise DataError(f"{path} is not of {_FORMAT['format']}, version {_FORMAT['version']}")
     return values

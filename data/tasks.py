@@ -1,5 +1,7 @@
 """The work of preparation in pieces: each task reads some ranges of raw files and writes one shard.
 
+Each shard of a streamed dataset is a task: nobody knows its size, and the hub's are some 100 MB.
+
 How it is cut depends on the files and on `shard_bytes` alone, so the result is the same for any number of
 workers, whatever was finished before an interruption.
 """
@@ -15,7 +17,7 @@ from openmoe.data.readers import FileRange, countable_units
 from openmoe.data.shards import Split
 
 # Part of every task's identity: raise it when a shard's content changes for the same input.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Piece:
     split: Split | None
     # Of the file's content.
     sha256: str
-    # How much of the work it is: bytes of the file.
+    # How much of the work it is: bytes of the file, for shards of a dataset one each.
     weight: float
 
 
@@ -66,7 +68,7 @@ def cut_tasks(
     room = 0.0
     for file in files:
         for piece in _cut(file, hashes[file.name], shard_bytes):
-            if not groups or piece.weight > room:
+            if not groups or piece.weight > room or file.dataset is not None:
                 groups.append([])
                 room = shard_bytes
             groups[-1].append(piece)

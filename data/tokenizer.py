@@ -26,7 +26,7 @@ from pydantic import BaseModel, Field
 from sentencepiece import sentencepiece_model_pb2
 
 from openmoe.data.config import TokenizerConfig
-from openmoe.data.errors import DataError
+from openmoe.data.errors import DataError, one_line
 
 PAD, EOS, UNK = 0, 1, 2
 SENTINELS = 300
@@ -135,7 +135,7 @@ def load_processor(model: bytes, origin: str) -> sentencepiece.SentencePieceProc
     try:
         processor.LoadFromSerializedProto(model)
     except RuntimeError as error:
-        raise DataError(f"{origin} is not a usable sentencepiece model: {_one_line(error)}") from None
+        raise DataError(f"{origin} is not a usable sentencepiece model: {one_line(error)}") from None
     return processor
 
 
@@ -194,7 +194,7 @@ def read_model(path: str, key: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:
-        raise DataError(f"{key}={path}: {_one_line(error)}") from None
+        raise DataError(f"{key}={path}: {one_line(error)}") from None
 
 
 def train_tokenizer(
@@ -236,7 +236,7 @@ def train_tokenizer(
     except (RuntimeError, UnicodeDecodeError) as error:
         raise DataError(
             f"tokenizer.vocab_size={config.vocab_size}: no tokenizer can be trained on these sources: "
-            f"{_one_line(error)}"
+            f"{one_line(error)}"
         ) from None
     return Tokenizer(model.getvalue())
 
@@ -244,7 +244,3 @@ def train_tokenizer(
 def encoding_threads() -> int:
     """Threads worth using for `encode_batch` here."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from openmoe.data import pool
 from openmoe.data.build import UNFINISHED
 from openmoe.data.config import DataConfig, TokenizerConfig
 from openmoe.data.encode import Encoder, EncodeSettings, cut_segments
@@ -142,9 +143,10 @@ prepare_folder(PrepareConfig.model_validate_json(sys.argv[1]))
 """
 
 
-def start(config: PrepareConfig) -> subprocess.Popen[str]:
+def start(config: PrepareConfig, command: str = COMMAND) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, config.model_dump_json()],
+        [sys.executable, "-c", command, config.model_dump_json()],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -285,6 +287,24 @@ def test_new_files_become_a_part(raw: Path, model: Path, tmp_path: Path) -> None
     parts = [documents_of(output, "a", split) for split in SPLITS]
     assert parts[1][0] == held_back[0]
     assert sorted(parts[0][1] + parts[1][1]) == sorted(new)
+
+
+def test_text_of_another_run_is_not_taken_twice(model: Path, tmp_path: Path) -> None:
+    """Catches an overlap of sources that come into one output one after the other."""
+    root, output = tmp_path / "root", tmp_path / "out"
+    for name in ("a", "c"):
+        write_source(root / name, made_up_documents(1, 50, 40), f"{name}.jsonl")
+        (root / name / "empty.txt").write_text("")
+    write_source(root / "c", made_up_documents(2, 50, 40), "other.jsonl")
+    prepare_folder(page(root, output, model, sources=["a"]))
+    with pytest.raises(
+        DataError, match=r"c/c\.jsonl has the same content as a/a\.jsonl in data\.output"
+    ):
+        prepare_folder(page(root, output, model, sources=["c"]))
+    (root / "c" / "c.jsonl").unlink()
+    prepare_folder(page(root, output, model, sources=["c"]))
+    (root / "a" / "copy.jsonl").write_bytes((root / "a" / "a.jsonl").read_bytes())  # its own, as in one run
+    prepare_folder(page(root, output, model))
 
 
 def test_changed_input_is_refused(model: Path, tmp_path: Path) -> None:
@@ -447,14 +467,28 @@ def test_damage_is_noticed(raw: Path, undisturbed: Path, tmp_path: Path) -> None
     prepare_folder(verify)
 
 
+WAIT_IN_THE_MIDDLE = """
+import openmoe.data.prepare_command as command
+build = command.build
+def wait_and_build(*arguments):
+    print("in the middle", flush=True)
+    sys.stdin.readline()
+    return build(*arguments)
+command.build = wait_and_build
+"""
+
+
 def test_a_second_process_is_sent_away(raw: Path, model: Path, tmp_path: Path) -> None:
     """Catches two processes writing one folder."""
-    first = start(page(raw, tmp_path / "out", model))
-    while not receipts(tmp_path / "out") and first.poll() is None:
-        time.sleep(0.002)
+    config = page(raw, tmp_path / "out", model)
+    first = start(config, COMMAND.replace("prepare_folder(", WAIT_IN_THE_MIDDLE + "prepare_folder("))
+    assert first.stdout is not None
+    assert first.stdout.readline() == "in the middle\n"
     with pytest.raises(DataError, match=r"data\.output=.*: another process is preparing data there"):
-        prepare_folder(page(raw, tmp_path / "out", model))
-    assert first.wait(timeout=100) == 0
+        prepare_folder(config)
+    first.communicate("\n", timeout=100)
+    assert first.returncode == 0
+    prepare_folder(config)
 
 
 def test_a_lost_worker_is_one_line(raw: Path, model: Path, tmp_path: Path) -> None:
@@ -511,9 +545,20 @@ def test_a_dataset_can_be_the_input(model: Path, tmp_path: Path, monkeypatch: py
     source = dataset_source(DatasetName(str(tmp_path / "hub"), None, "train"))
     # Without a network only a folder can stand for a name.
     monkeypatch.setattr("openmoe.data.prepare_command.dataset_source", lambda name: source)
+    hand_out = pool._hand_out
+    given: list[tuple[int | None, str]] = []
+
+    def watched(worker: Any, waiting: Any) -> None:
+        hand_out(worker, waiting)
+        if worker.task is not None:
+            given.append((worker.process.pid, worker.task.name))
+
+    monkeypatch.setattr(pool, "_hand_out", watched)
     for workers in (1, 2):
         prepare_folder(page(Path("some/hub"), tmp_path / f"out{workers}", model, workers=workers))
     assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
+    assert sorted(task for _, task in given) == ["hub/0/0", "hub/0/1", "hub/0/2"]
+    assert len({process for process, _ in given}) == 2
     (train,), (valid,) = (documents_of(tmp_path / "out1", "hub", split) for split in SPLITS)
     assert sorted(train + valid) == sorted(texts)
     before = contents(tmp_path / "out1")

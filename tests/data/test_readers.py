@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from openmoe.data.errors import DataError
-from openmoe.data.raw import RawSource, dataset_source, file_hashes, folder_sources
+from openmoe.data.raw import RawSource, dataset_source, file_hashes, folder_files, folder_sources
 from openmoe.data.readers import DatasetName, FileRange, Reading, countable_units, read_documents
 from openmoe.data.tasks import cut_tasks
 
@@ -205,6 +205,15 @@ def test_another_field_can_hold_the_text(tmp_path: Path) -> None:
         assert list(read_documents(FileRange(tmp_path / name, name), "my text", Reading("stop"))) == ["a"]
 
 
+@pytest.mark.parametrize("field", ['a"b', "a\\b", "a\nb", "\ud800", "é", "a.b"])
+def test_any_name_can_be_the_field(tmp_path: Path, field: str) -> None:
+    """Catches a traceback for a name that JSON escapes."""
+    (tmp_path / "x.jsonl").write_text(json.dumps({field: "a", "text": 3}) + "\n\n{}\n")
+    reading = Reading("skip")
+    assert list(read_documents(FileRange(tmp_path / "x.jsonl", "x"), field, reading)) == ["a"]
+    assert reading.skipped == [f"x:3: expected a JSON object with a string {json.dumps(field)}"]
+
+
 def test_a_dataset_is_streamed_by_shards(tmp_path: Path) -> None:
     """Catches shards lost or read twice, and a broken record without its place."""
     for part in range(3):
@@ -218,6 +227,57 @@ def test_a_dataset_is_streamed_by_shards(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Bad split: test"):
         dataset_source(DatasetName(str(tmp_path), None, "test"))
     assert datasets.utils.logging.get_verbosity() == datasets.logging.CRITICAL
+
+
+def test_a_dataset_knows_how_far_it_is(tmp_path: Path) -> None:
+    """Catches a share of a dataset's shard that stays at nothing where the hub says how many rows it has."""
+    for part in range(2):
+        (tmp_path / f"train-{part}.jsonl").write_text('{"text": "x"}\n' * 50)
+    name = DatasetName(str(tmp_path), None, "train")
+    for known in (False, True):
+        if known:
+            splits = "dataset_info:\n  splits:\n  - name: train\n    num_bytes: 1\n    num_examples: 100\n"
+            (tmp_path / "README.md").write_text(f"---\n{splits}---\n")
+        reading = Reading("stop")
+        whole = dataset_source(name).files[1].whole()
+        shares = [reading.share for _ in read_documents(whole, "text", reading)]
+        assert shares == [i / 50 * known for i in range(1, 51)]
+
+
+def test_linked_folders_are_read(tmp_path: Path) -> None:
+    """Catches linked folders left out without a word, and a link to a folder above read without end."""
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    (tmp_path / "disk" / "deep" / "y.jsonl").write_bytes(JSONL)
+    (tmp_path / "disk" / "deep" / "z.doc").write_bytes(b"")
+    folder = tmp_path / "raw" / "a"
+    folder.mkdir(parents=True)
+    (folder / "x.txt").write_text("text")
+    (folder / "linked").symlink_to(tmp_path / "disk")
+    (folder / "twice").symlink_to(tmp_path / "disk" / "deep")
+    (tmp_path / "disk" / "up").symlink_to(folder)
+    (folder / "gone").symlink_to(tmp_path / "gone")
+    (source,) = folder_sources(str(tmp_path / "raw"), None)
+    assert [file.name for file in source.files] == ["a/linked/deep/y.jsonl", "a/x.txt"]
+    names = [path.relative_to(folder).as_posix() for path in folder_files(folder)]
+    assert names == ["linked/deep/y.jsonl", "linked/deep/z.doc", "x.txt"]
+
+
+def test_text_beside_the_folder_train_is_named(tmp_path: Path) -> None:
+    """Catches text that is passed over because its source has a folder train."""
+    for name in ("train/x.txt", "valid/y.txt", "more/z.txt"):
+        path = tmp_path / "a" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(name)
+    (tmp_path / "a" / "README.md").write_text("not read anyway")
+    message = r"a/more/z\.txt lies beside .*a/train; where a source has a folder train, its text must be in"
+    with pytest.raises(DataError, match=message):
+        folder_sources(str(tmp_path), None)
+    (tmp_path / "a" / "more" / "z.txt").unlink()
+    (source,) = folder_sources(str(tmp_path), None)
+    assert [(file.name, file.split) for file in source.files] == [
+        ("a/train/x.txt", "train"),
+        ("a/valid/y.txt", "valid"),
+    ]
 
 
 def test_overlapping_sources_are_named(tmp_path: Path) -> None:
