@@ -10,12 +10,13 @@ import numpy as np
 
 from openmoe.data.objectives import Examples
 
-# Every array of a batch, [rows, seq_len], with the value that padding has.
+# Every array of a batch, [rows, seq_len], with the value that padding has. As small as they can be: writing
+# them is what building a row costs. Loss weights are 0 or 1.
 BATCH_ARRAYS: dict[str, tuple[type[np.generic], int]] = {
     "input_tokens": (np.int32, 0),
     "target_tokens": (np.int32, 0),
-    "loss_weights": (np.float32, 0),
-    "segment_ids": (np.int32, 0),
+    "loss_weights": (np.uint8, 0),
+    "segment_ids": (np.int16, 0),
     "prefix_mask": (np.bool_, 0),
     "source_ids": (np.int16, -1),
 }

@@ -80,7 +80,7 @@ def _micro_batch(
     batch = Batch(
         on_device(arrays["input_tokens"]).long(),
         on_device(arrays["target_tokens"]).long(),
-        on_device(arrays["loss_weights"]),
+        on_device(arrays["loss_weights"]).float(),
         segment_ids=on_device(arrays["segment_ids"]) if packed else None,
         prefix_mask=on_device(arrays["prefix_mask"]) if arrays["prefix_mask"].any() else None,
         source_ids=on_device(arrays["source_ids"]),

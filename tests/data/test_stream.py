@@ -82,19 +82,23 @@ def test_an_epoch_holds_every_document_once_and_whole(join_eos: bool) -> None:
 
 
 def test_order_differs_by_epoch_and_seed_and_is_mixed() -> None:
-    """Catches documents in the order of storage, and a shuffle without seed or epoch."""
+    """Catches documents or blocks in the order of storage, and a shuffle without seed or epoch."""
     size = make().epoch_tokens(False)
     first, second = make().read(0, size, False), make().read(size, size, False)
     other = make(seed=4).read(0, size, False)
     assert (first != second).any()
     assert (first != other).any()
     starts = {int(s.map_tokens()[o]) for s in SHARDS for o in s.map_offsets()[:-1]}
-    mixed = 0
+    mixed = shuffled = regrouped = 0
     for seed in range(10):
-        order = [int(token) for token in make(seed).read(0, size, False) if int(token) in starts]
-        assert order != sorted(order)
-        mixed += len({token // 10_000 for token in order[:8]}) == 2  # a window with blocks of both shards
+        orders = [make(seed).read(epoch * size, size, False).tolist() for epoch in (0, 1)]
+        windows = [[token for token in order if token in starts][:8] for order in orders]
+        mixed += len({token // 10_000 for token in windows[0]}) == 2  # blocks of both shards
+        shuffled += windows[0] != sorted(windows[0])
+        regrouped += set(windows[0]) != set(windows[1])
     assert mixed >= 3
+    assert shuffled == 10
+    assert regrouped >= 7
     np.testing.assert_array_equal(first, make().read(0, size, False))
 
 
