@@ -166,11 +166,9 @@ class Planner:
             ahead._enter(self._curriculum.phase_at(ahead.step))
             end = min(total_steps, self._curriculum.end_step(ahead._phase) or total_steps)
             sizes = np.array([stream.epoch_tokens(ahead._joins()) for stream in self._streams])
-            for source in np.flatnonzero(ahead._numbers(end) > sizes).tolist():
-                if (
-                    source not in first_steps
-                    and ahead._numbers(end)[source] > ahead._numbers(ahead.step)[source]
-                ):
+            before, after = ahead._numbers(ahead.step), ahead._numbers(end)
+            for source in np.flatnonzero((after > sizes) & (after > before)).tolist():
+                if source not in first_steps:
                     first_steps[source] = _first_step_beyond(ahead, source, int(sizes[source]), end)
             ahead.step = end
         if not first_steps:
