@@ -5,8 +5,6 @@ each source stood when the phase began. The same on every rank; any rank or thre
 """
 
 import copy
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -71,7 +69,6 @@ class Planner:
         self._recipes = [
             self._recipe(index, seq_len, config.packing == "dense", seed) for index in range(len(objectives))
         ]
-        self._identities = [self._identity(index, seq_len, config) for index in range(len(objectives))]
         self.step = 0
         self._phase = 0
         self._phase_step = 0
@@ -96,20 +93,6 @@ class Planner:
         ramp_rows = ramp_steps * self._rows
         rates = self._rates(index)[active]
         return PhaseRecipe(self._objectives[index], rates, seq_len, packed, seed, index, ramp_from, ramp_rows)
-
-    def _identity(self, index: int, seq_len: int, config: DataConfig) -> str:
-        """Equal exactly where a phase's rows are."""
-        phase, active = self._curriculum.phases[index], self._active[index]
-        parts = [
-            index,
-            [self._streams[source].name for source in active.tolist()],
-            self._rates(index)[active].tolist(),
-            phase.ramp_steps and [phase.ramp_steps * self._rows, self._rates(index - 1)[active].tolist()],
-            self._objectives[index].classes,
-            self._recipes[index].class_counts.tolist(),
-            [phase.objective, seq_len, config.packing],
-        ]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def plan_step(self) -> StepPlan:
         """The plan of the next step."""
@@ -186,36 +169,30 @@ class Planner:
             "step": self.step,
             "phase": self._phase,
             "phase_step": self._phase_step,
-            "rows": self._identities[self._phase],
             "sources": self._absent
-            | {
-                stream.name: [int(base), *position]
-                for stream, base, position in zip(self._streams, self._bases, positions, strict=True)
-            },
+            | {stream.name: list(place) for stream, place in zip(self._streams, positions, strict=True)},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the step the state was taken at. Raises DataError where it is of another form.
 
-        Where the phase has changed since (another mix, another objective), it begins anew with the text that
-        comes next. A source that is new begins at its start.
+        Whatever has changed in the curriculum since, every source goes on with the text that comes next; one
+        that is new begins at its start.
         """
         try:
             step, phase, phase_step = (int(state[name]) for name in ("step", "phase", "phase_step"))
             entries = {name: [int(number) for number in entry] for name, entry in state["sources"].items()}
-            here = [entries.pop(stream.name, [0, 0, 0, 0]) for stream in self._streams]
-            positions = [Position(*entry[1:]) for entry in here]
-            same = phase == self._curriculum.phase_at(max(step - 1, phase_step))
-            same = same and state["rows"] == self._identities[phase]
+            positions = [Position(*entries.pop(stream.name, (0, 0, 0))) for stream in self._streams]
             self.step, self._absent = step, entries
-            self._phase = phase if same else self._curriculum.phase_at(step)
-            self._phase_step = phase_step if same else step
-            numbers = self._numbers_of(positions)
-            self._bases = np.array([entry[0] for entry in here]) if same else numbers
+            self._phase, self._phase_step = phase, phase_step
+            if phase != self._curriculum.phase_at(max(step - 1, phase_step)):
+                self._phase, self._phase_step = self._curriculum.phase_at(step), step
+            # From what the rows before `step` take now, whether or not they took the same then: with another
+            # mix they didn't, and text that was added lies in every epoch, the finished ones too.
+            self._bases = np.zeros_like(self._bases)
+            self._bases = self._numbers_of(positions) - self._numbers(step)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise DataError(f"the data state is not one of this program: {error!r}") from None
-        # Text that was added to a source lies in every epoch, the finished ones too: numbers move on.
-        self._bases += numbers - self._numbers(step)
 
 
 def _first_step_beyond(planner: Planner, source: int, number: int, end: int) -> int:
