@@ -5,8 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from openmoe.data.held_back import Document, split_documents
 from openmoe.data.readers import OnCorrupt, Reading, read_documents
 from openmoe.data.shards import SPLITS, ShardWriter, Split, part_folder, shard_files
@@ -16,8 +14,6 @@ from openmoe.data.tokenizer import Tokenizer
 # Documents, and about the characters, handed to the tokenizer at once.
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 1 << 20
-# Longer texts are encoded piece by piece: sentencepiece needs up to 100 bytes of memory a character.
-SEGMENT_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -61,8 +57,6 @@ class Encoder:
         self._tokenizer = tokenizer
         self._settings = settings
         self._folder = folder
-        # A model that puts a space before each text makes up for one that was cut away.
-        self._drops_space = tokenizer.encode("a b") == tokenizer.encode("a") + tokenizer.encode("b")
 
     def run(self, task: Task, progress: Progress) -> Receipt:
         """Write one shard. Raises DataError for a corrupt record, unless they are to be skipped."""
@@ -75,7 +69,8 @@ class Encoder:
         writers = {split: ShardWriter(shard_files(folder, task.number, split)) for split in SPLITS}
         try:
             while batch := take_batch(documents):
-                encoded = self.encode([text for _, text in batch])
+                texts = [text for _, text in batch]
+                encoded = self._tokenizer.encode_arrays(texts, self._settings.threads)
                 for split, writer in writers.items():
                     chosen = [ids for (place, _), ids in zip(batch, encoded, strict=True) if place == split]
                     reading.empty_documents += writer.add(chosen)
@@ -91,16 +86,6 @@ class Encoder:
             for writer in writers.values():
                 writer.discard()
 
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text, int32 [tokens]."""
-        if max(map(len, texts)) <= SEGMENT_CHARACTERS:
-            return self._tokenizer.encode_arrays(texts, self._settings.threads)
-        encoded = []
-        for text in texts:
-            segments = list(cut_segments(text, self._drops_space))
-            encoded.append(np.concatenate(self._tokenizer.encode_arrays(segments, self._settings.threads)))
-        return encoded
-
 
 def take_batch(documents: Iterator[tuple[Split, str]]) -> list[tuple[Split, str]]:
     """The next documents for one call of the tokenizer; none at the end."""
@@ -112,28 +97,6 @@ def take_batch(documents: Iterator[tuple[Split, str]]) -> list[tuple[Split, str]
         if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
             break
     return batch
-
-
-def cut_segments(text: str, drop_space: bool) -> Iterator[str]:
-    """`text` in pieces of at most 2^20 characters, cut before a single space where there is one.
-
-    No piece of a usual vocabulary has a space within it, so a text is encoded as if it were whole.
-    """
-    start = 0
-    while len(text) - start > SEGMENT_CHARACTERS:
-        stop = start + SEGMENT_CHARACTERS
-        space = _last_single_space(text, start + SEGMENT_CHARACTERS // 2, stop)
-        yield text[start : space or stop]
-        start = stop if space is None else space + drop_space
-    yield text[start:]
-
-
-def _last_single_space(text: str, start: int, stop: int) -> int | None:
-    while (space := text.rfind(" ", start, stop)) > 0:
-        if not text[space - 1].isspace() and not text[space + 1].isspace():
-            return space
-        stop = space
-    return None
 
 
 class TaskReading:

@@ -14,8 +14,9 @@ depends on the scores of the pieces and not on their order.
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ PAD, EOS, UNK = 0, 1, 2
 SENTINELS = 300
 
 _SENTINEL_PIECES = tuple(f"<extra_id_{index}>" for index in reversed(range(SENTINELS)))
+# Longer texts are encoded in segments.
+SEGMENT_CHARACTERS = 1 << 20
 # Sentencepiece writes a space as this character, so the character itself would come back as a space.
 _SPACE_MARK = "\u2581"
 
@@ -51,6 +54,75 @@ class TrainingStyle(BaseModel, strict=True, extra="forbid", frozen=True, allow_i
     squeeze_spaces: bool = False
 
 
+class TextEncoder:
+    """Encodes texts of any length with a sentencepiece model, ids as in its file.
+
+    A long text goes in segments: sentencepiece needs up to 100 bytes of memory a character, and its float32
+    scores lose resolution.
+    """
+
+    def __init__(self, model: bytes, origin: str) -> None:
+        """`model` is a serialised sentencepiece model. Raises DataError where it can't be used."""
+        self.processor = load_processor(model, origin)
+        self._model, self._origin = model, origin
+
+    def encode(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
+        """Ids of each text, int32 [tokens]; the same for any number of threads."""
+        if all(len(text) <= SEGMENT_CHARACTERS for text in texts):
+            return self.processor.encode(list(texts), num_threads=threads, out_type="numpy")
+        return [
+            self._encode_long(text, threads) if len(text) > SEGMENT_CHARACTERS else self.encode([text], 1)[0]
+            for text in texts
+        ]
+
+    def _encode_long(self, text: str, threads: int) -> np.ndarray:
+        adds_space, drops_space, processors = self._variants
+        segments = list(cut_segments(text))
+        # The first as the model has it; a later one gets a space before it where its own is dropped.
+        add = [adds_space, *(drops_space and segment[0] == " " for segment in segments[1:])]
+        encoded = {}
+        for choice, processor in processors.items():
+            chosen = [segment for segment, each in zip(segments, add, strict=True) if each == choice]
+            encoded[choice] = iter(processor.encode(chosen, num_threads=threads, out_type="numpy"))
+        return np.concatenate([next(encoded[each]) for each in add])
+
+    @cached_property
+    def _variants(self) -> tuple[bool, bool, dict[bool, sentencepiece.SentencePieceProcessor]]:
+        """Does the model put a space before a text, does it drop leading ones, and it by the first answer."""
+        proto = parse_model(self._model, self._origin)
+        rules = proto.normalizer_spec
+        adds_space = rules.add_dummy_prefix
+        rules.add_dummy_prefix = not adds_space
+        opposite = load_processor(proto.SerializeToString(), self._origin)
+        processors = {adds_space: self.processor, not adds_space: opposite}
+        return adds_space, rules.remove_extra_whitespaces, processors
+
+
+def cut_segments(text: str) -> Iterator[str]:
+    """`text` in pieces of at most 2^20 characters, cut before a single space where there is one.
+
+    No piece of a usual vocabulary has a space within it, so a text is encoded as if it were whole. Where
+    there is no such space, a token or two beside the cut can differ.
+    """
+    start = 0
+    while len(text) - start > SEGMENT_CHARACTERS:
+        middle, stop = start + SEGMENT_CHARACTERS // 2, start + SEGMENT_CHARACTERS
+        stop = _last_single_space(text, middle, stop) or next(
+            (i for i in range(stop, middle, -1) if not text[i - 1].isspace() and not text[i].isspace()), stop
+        )
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def _last_single_space(text: str, start: int, stop: int) -> int | None:
+    while (space := text.rfind(" ", start, stop)) > 0:
+        if not text[space - 1].isspace() and not text[space + 1].isspace():
+            return space
+        stop = space
+    return None
+
+
 class Tokenizer:
     """Encodes text to ids and back; see the module for the ids."""
 
@@ -61,7 +133,7 @@ class Tokenizer:
         """
         proto = _in_order(parse_model(model, origin), origin)
         self._origin = origin
-        self._encoder = load_processor(proto.SerializeToString(), origin)
+        self._encoder = TextEncoder(proto.SerializeToString(), origin)
         self._space_mark_ids = self._find_space_mark(proto)
         # Number of ids, sentinels included.
         self.size: int = len(proto.pieces) + SENTINELS
@@ -83,7 +155,7 @@ class Tokenizer:
         changes_text = rules.add_dummy_prefix or rules.remove_extra_whitespaces or rules.precompiled_charsmap
         if changes_text or not proto.trainer_spec.byte_fallback:
             return None
-        return [self._encoder.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+        return [self._encoder.processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without EOS."""
@@ -91,23 +163,18 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
         """Ids of each text, without EOS; the same for any number of threads."""
-        if self._space_mark_ids is None or not any(_SPACE_MARK in text for text in texts):
-            return self._encoder.encode(list(texts), num_threads=threads)
-        return [self._encode_around_space_marks(text) for text in texts]
+        return [ids.tolist() for ids in self.encode_arrays(texts, threads)]
 
     def encode_arrays(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
         """What `encode_batch` gives, int32 [tokens] for each text, without a Python object for each token."""
-        if self._space_mark_ids is None or not any(_SPACE_MARK in text for text in texts):
-            return self._encoder.encode(list(texts), num_threads=threads, out_type="numpy")
-        return [np.array(self._encode_around_space_marks(text), np.int32) for text in texts]
+        mark_ids = self._space_mark_ids
+        if mark_ids is None or not any(_SPACE_MARK in text for text in texts):
+            return self._encoder.encode(texts, threads)
+        return [self._encode_around_space_marks(text, np.array(mark_ids, np.int32)) for text in texts]
 
-    def _encode_around_space_marks(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for index, part in enumerate(text.split(_SPACE_MARK)):
-            if index:
-                ids += self._space_mark_ids or []
-            ids += self._encoder.encode(part)
-        return ids
+    def _encode_around_space_marks(self, text: str, mark_ids: np.ndarray) -> np.ndarray:
+        first, *others = self._encoder.encode(text.split(_SPACE_MARK), threads=1)
+        return np.concatenate([first, *chain.from_iterable((mark_ids, part) for part in others)])
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Text of `ids`; sentinels appear as <extra_id_N>, pad, eos and ids beyond the tokenizer as nothing.

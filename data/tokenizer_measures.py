@@ -4,17 +4,14 @@ import hashlib
 import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 from time import perf_counter
 
 import numpy as np
-import sentencepiece
 
-from openmoe.data.tokenizer import Tokenizer
+from openmoe.data.tokenizer import TextEncoder, Tokenizer
 
 # Documents handed to a tokenizer at once.
 _BATCH_DOCUMENTS = 256
-_SEGMENT_CHARACTERS = 1 << 20
 # Characters shown on either side of a difference.
 _SHOWN_CHARACTERS = 20
 
@@ -58,22 +55,21 @@ def round_trip(tokenizer: Tokenizer, texts: Sequence[str], threads: int) -> Roun
     """Encode and decode every text and compare."""
     tokens = 0
     encode_seconds = decode_seconds = 0.0
-    different: set[int] = set()
+    exact = 0
     first_difference = None
-    for batch in _batches(texts):
+    for start, batch in _batches(texts):
         begin = perf_counter()
-        encoded = tokenizer.encode_batch([segment for _, segment in batch], threads)
+        encoded = tokenizer.encode_arrays(batch, threads)
         middle = perf_counter()
         decoded = [tokenizer.decode(ids) for ids in encoded]
         encode_seconds += middle - begin
         decode_seconds += perf_counter() - middle
         tokens += sum(map(len, encoded))
-        for (number, segment), back in zip(batch, decoded, strict=True):
-            if segment != back:
-                different.add(number)
-                first_difference = first_difference or (number, *_difference(segment, back))
+        for number, (text, back) in enumerate(zip(batch, decoded, strict=True), start):
+            exact += text == back
+            if text != back and first_difference is None:
+                first_difference = number, *_difference(text, back)
     text_bytes = sum(len(text.encode()) for text in texts)
-    exact = len(texts) - len(different)
     return RoundTrip(len(texts), exact, text_bytes, tokens, encode_seconds, decode_seconds, first_difference)
 
 
@@ -117,32 +113,24 @@ class Usage:
         )
 
 
-def count_usage(
-    processors: Mapping[str, sentencepiece.SentencePieceProcessor], texts: Sequence[str], threads: int
-) -> dict[str, Usage]:
+def count_usage(encoders: Mapping[str, TextEncoder], texts: Sequence[str], threads: int) -> dict[str, Usage]:
     """Each tokenizer's use of the same texts, with the ids and rules of its own file."""
     text_bytes = sum(len(text.encode()) for text in texts)
     usage = {
-        name: Usage(len(texts), text_bytes, 0, 0, np.zeros(processor.vocab_size(), bool))
-        for name, processor in processors.items()
+        name: Usage(len(texts), text_bytes, 0, 0, np.zeros(encoder.processor.vocab_size(), bool))
+        for name, encoder in encoders.items()
     }
-    for batch in _batches(texts):
-        segments = [segment for _, segment in batch]
-        for name, processor in processors.items():
-            ids = np.fromiter(chain.from_iterable(processor.encode(segments, num_threads=threads)), np.int32)
-            counts = np.bincount(ids, minlength=processor.vocab_size())
+    for _, batch in _batches(texts):
+        for name, encoder in encoders.items():
+            ids = np.concatenate(encoder.encode(batch, threads))
+            counts = np.bincount(ids, minlength=encoder.processor.vocab_size())
             usage[name].tokens += len(ids)
-            usage[name].unknown_tokens += int(counts[processor.unk_id()])
+            usage[name].unknown_tokens += int(counts[encoder.processor.unk_id()])
             usage[name].used_ids |= counts > 0
     return usage
 
 
-def _batches(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
-    """(number of the text, text), long texts in segments: sentencepiece needs 100 bytes a character."""
-    segments = (
-        (number, text[start : start + _SEGMENT_CHARACTERS])
-        for number, text in enumerate(texts)
-        for start in range(0, len(text), _SEGMENT_CHARACTERS)
-    )
-    while batch := list(islice(segments, _BATCH_DOCUMENTS)):
-        yield batch
+def _batches(texts: Sequence[str]) -> Iterator[tuple[int, Sequence[str]]]:
+    """Number of the first text, and some texts."""
+    for start in range(0, len(texts), _BATCH_DOCUMENTS):
+        yield start, texts[start : start + _BATCH_DOCUMENTS]

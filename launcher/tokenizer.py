@@ -18,10 +18,10 @@ from openmoe.data.errors import DataError
 from openmoe.data.raw import RawSource, folder_sources
 from openmoe.data.tokenizer import (
     SENTINELS,
+    TextEncoder,
     Tokenizer,
     TrainingStyle,
     encoding_threads,
-    load_processor,
     parse_model,
     read_model,
     train_tokenizer,
@@ -125,19 +125,19 @@ def compare(page: TokenizerPage) -> None:
         raise ConfigError("compare.paths=[]: name the model files; ratios are to the first")
     _make_folder(output, "compare.output")
     files = _names(page.compare.paths)
-    processors = {}
+    encoders = {}
     for name, path in files.items():
         model, origin = read_model(path, "compare.paths"), f"compare.paths={path}"
         parse_model(model, origin)
-        processors[name] = load_processor(model, origin)
+        encoders[name] = TextEncoder(model, origin)
     subsets: dict[str, dict[str, Usage]] = {}
     for source in _sources(page):
         texts = _sample(page, source)
         with Progress(f"counting {source.name}"):
-            subsets[source.name] = count_usage(processors, texts, encoding_threads())
+            subsets[source.name] = count_usage(encoders, texts, encoding_threads())
     if len(subsets) > 1:
         subsets[TOTAL] = {name: _sum([usage[name] for usage in subsets.values()]) for name in files}
-    comparison = Comparison(subsets, {name: p.vocab_size() for name, p in processors.items()})
+    comparison = Comparison(subsets, {name: e.processor.vocab_size() for name, e in encoders.items()})
     print(comparison_table(comparison))
     rows = comparison.rows()
     with (output / "comparison.csv").open("w", newline="") as file:

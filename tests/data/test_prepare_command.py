@@ -19,7 +19,7 @@ import pytest
 from openmoe.data import pool
 from openmoe.data.build import UNFINISHED
 from openmoe.data.config import DataConfig, TokenizerConfig
-from openmoe.data.encode import Encoder, EncodeSettings, cut_segments
+from openmoe.data.encode import Encoder, EncodeSettings
 from openmoe.data.errors import DataError
 from openmoe.data.pool import WorkerError
 from openmoe.data.prepare import PreparedData, prepare
@@ -297,9 +297,7 @@ def test_text_of_another_run_is_not_taken_twice(model: Path, tmp_path: Path) -> 
         (root / name / "empty.txt").write_text("")
     write_source(root / "c", made_up_documents(2, 50, 40), "other.jsonl")
     prepare_folder(page(root, output, model, sources=["a"]))
-    with pytest.raises(
-        DataError, match=r"c/c\.jsonl has the same content as a/a\.jsonl in data\.output"
-    ):
+    with pytest.raises(DataError, match=r"c/c\.jsonl has the same content as a/a\.jsonl in data\.output"):
         prepare_folder(page(root, output, model, sources=["c"]))
     (root / "c" / "c.jsonl").unlink()
     prepare_folder(page(root, output, model, sources=["c"]))
@@ -564,21 +562,6 @@ def test_a_dataset_can_be_the_input(model: Path, tmp_path: Path, monkeypatch: py
     before = contents(tmp_path / "out1")
     prepare_folder(page(Path("some/hub"), tmp_path / "out1", model))
     assert contents(tmp_path / "out1") == before
-
-
-def test_long_texts_are_cut_without_a_trace(prepared: PreparedData, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches tokens lost or changed where a text longer than sentencepiece can take is cut."""
-    monkeypatch.setattr("openmoe.data.encode.SEGMENT_CHARACTERS", 100)
-    text = " ".join(made_up_documents(6, 20, 60)) + "  two spaces\n\nlines " + "x" * 500 + " end"
-    segments = list(cut_segments(text, drop_space=False))
-    assert "".join(segments) == text
-    assert all(len(segment) <= 100 for segment in segments)
-    assert " ".join(cut_segments("word " * 100, drop_space=True)) == "word " * 100
-    words = " ".join(made_up_documents(6, 20, 60))
-    encoder = Encoder(prepared.tokenizer, EncodeSettings("text", 0.1, "stop"), Path("unused"))
-    (ids,) = encoder.encode([words])
-    assert ids.tolist() == prepared.tokenizer.encode(words)
-    assert prepared.tokenizer.decode(encoder.encode([text])[0]) == text
 
 
 def test_progress_adds_up_all_workers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from openmoe.data.config import TokenizerConfig
 from openmoe.data.errors import DataError
-from openmoe.data.tokenizer import Tokenizer, TrainingStyle, load_tokenizer, train_tokenizer
+from openmoe.data.tokenizer import Tokenizer, TrainingStyle, cut_segments, load_tokenizer, train_tokenizer
 
 from .conftest import made_up_documents
 
@@ -141,6 +141,41 @@ def test_style_of_a_new_tokenizer(model_type: str, tmp_path: Path) -> None:
     rules = tmp_path / "rules.tsv"
     rules.write_text("FB01\t66 69\n")
     assert back("ﬁve Ö", normalization=str(rules)) == "five Ö"
+
+
+LONG = {
+    "words": " ".join(WORDS),
+    "lines": "\n".join(WORDS * 2),
+    "spaces": "  ".join(word for line in WORDS for word in line.split()),
+    "no spaces": "".join(word for line in WORDS for word in line.split()),
+    "marks": "▁".join(WORDS),
+}
+
+
+@pytest.mark.parametrize("squeeze_spaces", [False, True])
+@pytest.mark.parametrize("dummy_prefix", [False, True])
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_long_texts_are_cut_without_a_trace(
+    model_type: str, dummy_prefix: bool, squeeze_spaces: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches tokens lost, changed or put in where a text is longer than sentencepiece can take."""
+    config = TokenizerConfig(vocab_size=512, model_type=model_type)  # type: ignore[arg-type]
+    style = TrainingStyle(dummy_prefix=dummy_prefix, squeeze_spaces=squeeze_spaces)
+    tokenizer = train_tokenizer(WORDS, config, style)
+    whole = {name: tokenizer.encode(text) for name, text in LONG.items()}
+    monkeypatch.setattr("openmoe.data.tokenizer.SEGMENT_CHARACTERS", 100)
+    texts = ["short", *LONG.values(), "x"]
+    encoded = tokenizer.encode_batch(texts, threads=2)
+    assert encoded == [tokenizer.encode(text) for text in texts]
+    for (name, text), ids in zip(LONG.items(), encoded[1:-1], strict=True):
+        segments = list(cut_segments(text))
+        assert "".join(segments) == text
+        assert all(len(segment) <= 100 for segment in segments)
+        assert len(segments) > 20
+        if name == "words":
+            assert ids == whole[name]
+        assert tokenizer.decode(ids) == tokenizer.decode(whole[name])
+        assert len(ids) <= len(whole[name]) + 2 * len(segments)
 
 
 def test_character_coverage() -> None:

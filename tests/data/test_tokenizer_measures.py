@@ -5,7 +5,7 @@ import random
 import pytest
 
 from openmoe.data.config import TokenizerConfig
-from openmoe.data.tokenizer import Tokenizer, TrainingStyle, load_processor, train_tokenizer
+from openmoe.data.tokenizer import TextEncoder, Tokenizer, TrainingStyle, train_tokenizer
 from openmoe.data.tokenizer_measures import count_usage, round_trip, sample_documents
 
 TEXTS = [f"document {i}: " + " ".join(str(i * j) for j in range(i % 40)) for i in range(700)]
@@ -57,12 +57,24 @@ def test_a_long_document_is_one(squeezing: Tokenizer) -> None:
     assert (trip.documents, trip.exact, trip.text_bytes) == (1, 0, len(text))
 
 
+def test_a_long_document_counts_as_when_it_is_prepared(
+    squeezing: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a comparison or check that cuts long documents otherwise than preparation."""
+    monkeypatch.setattr("openmoe.data.tokenizer.SEGMENT_CHARACTERS", 100)
+    encoders = {"a": TextEncoder(squeezing.model, "a")}
+    for text in (" ".join(TEXTS), "x" * 1000, "x  " * 400):
+        tokens = len(squeezing.encode(text))
+        assert count_usage(encoders, [text], 1)["a"].tokens == tokens
+        assert round_trip(squeezing, [text], 1).tokens == tokens
+
+
 def test_counts(squeezing: Tokenizer) -> None:
     """Catches tokens lost between batches, ids counted twice as vocabulary, unknown ones not seen."""
     other = train_tokenizer(TEXTS, TokenizerConfig(vocab_size=512))
     texts = [*TEXTS, "a snowman ☃"]
     models = {"a": squeezing, "b": other}
-    usage = count_usage({name: load_processor(t.model, name) for name, t in models.items()}, texts, 2)
+    usage = count_usage({name: TextEncoder(t.model, name) for name, t in models.items()}, texts, 2)
     for name, tokenizer in models.items():
         ids = [i for text in texts for i in tokenizer.encode(text)]
         assert usage[name].tokens == len(ids)
@@ -75,7 +87,7 @@ def test_counts(squeezing: Tokenizer) -> None:
 
 def test_sums_share_their_vocabulary(squeezing: Tokenizer) -> None:
     """Catches the vocabulary of all subsets being the sum of theirs."""
-    processors = {"a": load_processor(squeezing.model, "a")}
+    processors = {"a": TextEncoder(squeezing.model, "a")}
     parts = [count_usage(processors, part, 1)["a"] for part in (TEXTS[:100], TEXTS[100:])]
     whole, total = count_usage(processors, TEXTS, 1)["a"], parts[0] + parts[1]
     assert total.vocabulary_used == whole.vocabulary_used < sum(part.vocabulary_used for part in parts)
