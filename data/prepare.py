@@ -19,7 +19,7 @@ from openmoe.data.shards import TOKENIZER, PreparedSource, is_prepared, open_sou
 from openmoe.data.tokenizer import Tokenizer, encoding_threads, load_tokenizer
 
 # Part of every cache key: raise it when the files or their content change for the same input.
-_FORMAT = 3
+_FORMAT = 4
 # Raw bytes of a shard of cached data.
 _SHARD_BYTES = 2**26
 

@@ -4,10 +4,11 @@
     FOLDER/tokenizer.model
     FOLDER/SOURCE/part_0000/00000_train_tokens.bin      int32, documents one after the other, no separators
     FOLDER/SOURCE/part_0000/00000_train_offsets.bin     int64 [documents + 1], where each document starts
+    FOLDER/SOURCE/part_0000/00000_train_blocks.bin      int64 [blocks, 2], counts of each 1024 documents
     FOLDER/SOURCE/part_0000/00000_valid_...             the same for held-back text
 
 A source has one part for each time text was added to it, a part has shards in order, and a document lies in
-one shard. Both files are little-endian and have no header. Only what the manifest names counts.
+one shard. These files are little-endian and have no header. Only what the manifest names counts.
 """
 
 import hashlib
@@ -28,7 +29,10 @@ SPLITS: tuple[Split, ...] = ("train", "valid")
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 # Names a manifest of ours; `version` counts up where old folders can no longer be read.
-_FORMAT = {"format": "openmoe tokens", "version": 1}
+_FORMAT = {"format": "openmoe tokens", "version": 2}
+
+# Documents that are counted together, so that opening a source need not read all offsets.
+BLOCK_DOCUMENTS = 1024
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class TokenShard:
 
     tokens_path: Path
     offsets_path: Path
+    blocks_path: Path
     documents: int
     tokens: int
 
@@ -47,6 +52,10 @@ class TokenShard:
     def map_offsets(self) -> np.ndarray:
         """int64 [documents + 1], a read-only map: where each document starts, and where the last one ends."""
         return np.asarray(np.memmap(self.offsets_path, "<i8", "r"))
+
+    def map_blocks(self) -> np.ndarray:
+        """int64 [blocks, 2], a read-only map: of each 1024 documents the tokens, and those of the longest."""
+        return np.asarray(np.memmap(self.blocks_path, "<i8", "r")).reshape(-1, 2)
 
 
 # The shards of one part in order; those that hold no document of the split are left out.
@@ -69,6 +78,7 @@ class ShardFiles(NamedTuple):
 
     tokens: Path
     offsets: Path
+    blocks: Path
 
 
 def part_folder(folder: Path, source: str, part: int) -> Path:
@@ -78,7 +88,7 @@ def part_folder(folder: Path, source: str, part: int) -> Path:
 def shard_files(folder: Path, number: int, split: Split) -> ShardFiles:
     """The files of shard `number` of the part in `folder`."""
     stem = f"{number:05}_{split}"
-    return ShardFiles(folder / f"{stem}_tokens.bin", folder / f"{stem}_offsets.bin")
+    return ShardFiles(*(folder / f"{stem}_{kind}.bin" for kind in ShardFiles._fields))
 
 
 def is_prepared(folder: Path) -> bool:
@@ -126,10 +136,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def open_sources(folder: Path) -> dict[str, PreparedSource]:
-    """The sources of a prepared folder by name; looks at sizes and at both ends of each index, not at tokens.
+    """The sources of a prepared folder by name; looks at sizes, blocks and both ends of each index.
 
     Raises DataError where a file is missing, has another size than the manifest says, or an index that
-    does not belong to its shard.
+    does not belong to its shard. The tokens are left to `verify`.
     """
     manifest = read_manifest(folder)
     try:
@@ -166,7 +176,9 @@ def open_shard(files: ShardFiles, entry: dict[str, Any]) -> TokenShard:
     """One split of one shard, if it is what its manifest entry says. Raises DataError."""
     documents, tokens = entry["documents"], entry["tokens"]
     advice = f"delete {files.tokens.parents[2]} and prepare the data again"
-    for path, expected in ((files.tokens, 4 * tokens), (files.offsets, 8 * (documents + 1))):
+    blocks = -(-documents // BLOCK_DOCUMENTS)
+    sizes = (4 * tokens, 8 * (documents + 1), 16 * blocks)
+    for path, expected in zip(files, sizes, strict=True):
         try:
             size_bytes = path.stat().st_size
         except OSError as error:
@@ -183,7 +195,8 @@ def open_shard(files: ShardFiles, entry: dict[str, Any]) -> TokenShard:
             f"{files.offsets} is not the index of its shard: it goes from {first} to {last}, the shard has "
             f"{tokens} tokens; {advice}"
         )
-    return TokenShard(files.tokens, files.offsets, documents, tokens)
+    _same_sha256(files.blocks, entry["blocks_sha256"])
+    return TokenShard(*files, documents, tokens)
 
 
 def verify(folder: Path) -> Iterator[Path]:
@@ -197,9 +210,10 @@ def verify(folder: Path) -> Iterator[Path]:
                 for split in SPLITS:
                     if shard[split]["documents"]:
                         files = shard_files(part_folder(folder, name, number), index, split)
-                        open_shard(files, shard[split])
+                        open_shard(files, shard[split])  # which reads the blocks
                         yield _same_sha256(files.tokens, shard[split]["tokens_sha256"])
                         yield _same_sha256(files.offsets, shard[split]["offsets_sha256"])
+                        yield files.blocks
 
 
 def _same_sha256(path: Path, expected: str) -> Path:
@@ -223,6 +237,7 @@ class ShardWriter:
         self._fresh = ShardFiles(*(path.with_name(f".{os.getpid()}-{path.name}") for path in files))
         self._file = self._fresh.tokens.open("wb")
         self._digest = hashlib.sha256()
+        # Of each document, after a 0 for where the first one starts.
         self._lengths = [np.zeros(1, np.int64)]
         # Written so far.
         self.tokens = 0
@@ -240,12 +255,17 @@ class ShardWriter:
 
     def close(self) -> dict[str, int | str]:
         """Finish the files and name them, if there is any document; returns the manifest entry."""
-        offsets = np.cumsum(np.concatenate(self._lengths), dtype="<i8")
+        lengths = np.concatenate(self._lengths)
+        offsets = np.cumsum(lengths, dtype="<i8")
+        first = np.arange(1, len(lengths), BLOCK_DOCUMENTS)
+        blocks = np.stack([reduce.reduceat(lengths, first) for reduce in (np.add, np.maximum)], axis=1)
+        blocks = blocks.astype("<i8", copy=False)
         if self.tokens:
             sync(self._file)
-            with self._fresh.offsets.open("wb") as file:
-                file.write(offsets.data)
-                sync(file)
+            for path, content in ((self._fresh.offsets, offsets), (self._fresh.blocks, blocks)):
+                with path.open("wb") as file:
+                    file.write(content.data)
+                    sync(file)
             for fresh, final in zip(self._fresh, self._files, strict=True):
                 os.replace(fresh, final)
         return {
@@ -253,6 +273,7 @@ class ShardWriter:
             "tokens": self.tokens,
             "tokens_sha256": self._digest.hexdigest(),
             "offsets_sha256": hashlib.sha256(offsets.data).hexdigest(),
+            "blocks_sha256": hashlib.sha256(blocks.data).hexdigest(),
         }
 
     def discard(self) -> None:

@@ -28,7 +28,7 @@ from openmoe.data.prepare_config import PrepareConfig
 from openmoe.data.progress import PrepareProgress
 from openmoe.data.raw import dataset_source, file_hashes, folder_sources
 from openmoe.data.readers import DatasetName, FileRange
-from openmoe.data.shards import SPLITS
+from openmoe.data.shards import SPLITS, ShardWriter, open_shard, shard_files
 from openmoe.data.tasks import Piece, Task, cut_tasks
 from openmoe.data.tokenizer import load_tokenizer
 
@@ -105,6 +105,23 @@ def test_training_reads_what_was_prepared(raw: Path, undisturbed: Path) -> None:
     assert shard.map_tokens().dtype == np.int32
     assert shard.map_offsets().dtype == np.int64
     assert not shard.map_tokens().flags.writeable
+
+
+@pytest.mark.parametrize("documents", [1, 1023, 1024, 1025, 5000])
+def test_blocks_count_the_documents(tmp_path: Path, documents: int) -> None:
+    """Catches a block that begins a document early or late, or that leaves out the last documents."""
+    lengths = np.random.default_rng(0).integers(0, 9, documents) + (documents == 1)
+    files = shard_files(tmp_path, 0, "train")
+    writer = ShardWriter(files)
+    for batch in np.array_split(lengths, 3):
+        writer.add([np.ones(length, np.int32) for length in batch])
+    shard = open_shard(files, writer.close())
+    kept = lengths[lengths > 0]
+    parts = [kept[start : start + 1024] for start in range(0, len(kept), 1024)]
+    assert shard.map_blocks().tolist() == [[part.sum(), part.max()] for part in parts]
+    assert shard.map_blocks().dtype == np.int64
+    assert not shard.map_blocks().flags.writeable
+    assert shard.documents == len(kept)
 
 
 def test_the_manifest_counts_what_is_there(undisturbed: Path) -> None:
@@ -427,6 +444,7 @@ def test_damage_is_noticed(raw: Path, undisturbed: Path, tmp_path: Path) -> None
     tokens = "big/part_0000/00001_train_tokens.bin"
     offsets = "big/part_0000/00001_train_offsets.bin"
     whole = contents(undisturbed)
+    blocks = "big/part_0000/00001_train_blocks.bin"
     another = whole["big/part_0000/00002_train_offsets.bin"]
     longer = np.frombuffer(whole[offsets], "<i8").copy()
     longer[-1] += 1
@@ -441,12 +459,14 @@ def test_damage_is_noticed(raw: Path, undisturbed: Path, tmp_path: Path) -> None
         "is not the index of its shard": (offsets, longer.tobytes()),
         "is not the tokenizer that this folder|can't be read|not a": ("tokenizer.model", b"x"),
         "manifest.json can't be read": ("manifest.json", b"{"),
-        "is not of openmoe tokens, version 1": (
+        "00001_train_blocks.bin has changed: sha256": (blocks, whole[blocks][:-1] + b"\1"),
+        "00001_train_blocks.bin is cut short": (blocks, b""),
+        "is not of openmoe tokens, version 2": (
             "manifest.json",
-            json.dumps(manifest | {"version": 2}).encode(),
+            json.dumps(manifest | {"version": 1}).encode(),
         ),
         "is damaged": ("manifest.json", json.dumps(manifest | {"sources": {"a": {"parts": [{}]}}}).encode()),
-        "has changed: sha256": (tokens, bytes(flipped)),
+        "tokens.bin has changed: sha256": (tokens, bytes(flipped)),
     }
     shutil.copytree(undisturbed, tmp_path / "out")
     verify = PrepareConfig.model_validate({"data": {"output": str(tmp_path / "out"), "verify": True}})
@@ -459,7 +479,7 @@ def test_damage_is_noticed(raw: Path, undisturbed: Path, tmp_path: Path) -> None
         # Opening looks at sizes and ends; what a bit flipped within does is left to verifying.
         opens = partial(prepare, DataConfig(root=str(tmp_path / "out")))
         with pytest.raises(DataError, match=message) as error:
-            (partial(prepare_folder, verify) if "sha256" in message else opens)()
+            (partial(prepare_folder, verify) if message.startswith("tokens.bin") else opens)()
         assert "\n" not in str(error.value)
         path.write_bytes(whole[name])
     prepare_folder(verify)
