@@ -12,7 +12,7 @@ import numpy as np
 
 from openmoe.data.config import TokenizerConfig
 from openmoe.data.prepare import PreparedData
-from openmoe.data.shards import PreparedSource, TokenShard
+from openmoe.data.shards import PreparedSource, TokenShard, count_blocks
 from openmoe.data.tokenizer import EOS, SENTINELS, Tokenizer, train_tokenizer
 
 SEQ_LEN = 2048
@@ -44,9 +44,13 @@ class Corpus:
         sources = {}
         for name in RATES:
             tokens, offsets = self.documents(name)
+            blocks_path = self.folder / f"{name}_blocks.bin"
+            if not blocks_path.exists():
+                count_blocks(np.diff(offsets)).tofile(blocks_path)
             shard = TokenShard(
                 self.folder / f"{name}_tokens.bin",
                 self.folder / f"{name}_offsets.bin",
+                blocks_path,
                 len(offsets) - 1,
                 len(tokens),
             )

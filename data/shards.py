@@ -228,6 +228,13 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def count_blocks(lengths: np.ndarray) -> np.ndarray:
+    """Of each 1024 documents the tokens, and those of the longest: int64 [documents] -> [blocks, 2]."""
+    first = np.arange(0, len(lengths), BLOCK_DOCUMENTS)
+    counts = np.stack([reduce.reduceat(lengths, first) for reduce in (np.add, np.maximum)], axis=1)
+    return counts.astype("<i8", copy=False)
+
+
 class ShardWriter:
     """Writes one split of one shard, batch by batch."""
 
@@ -257,9 +264,7 @@ class ShardWriter:
         """Finish the files and name them, if there is any document; returns the manifest entry."""
         lengths = np.concatenate(self._lengths)
         offsets = np.cumsum(lengths, dtype="<i8")
-        first = np.arange(1, len(lengths), BLOCK_DOCUMENTS)
-        blocks = np.stack([reduce.reduceat(lengths, first) for reduce in (np.add, np.maximum)], axis=1)
-        blocks = blocks.astype("<i8", copy=False)
+        blocks = count_blocks(lengths[1:])
         if self.tokens:
             sync(self._file)
             for path, content in ((self._fresh.offsets, offsets), (self._fresh.blocks, blocks)):

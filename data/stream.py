@@ -20,13 +20,10 @@ from typing import NamedTuple
 import numpy as np
 
 from openmoe.data.rng import IndexPermutation, mix_bits, random_key
-from openmoe.data.shards import Part
+from openmoe.data.shards import BLOCK_DOCUMENTS, Part
 from openmoe.data.tokenizer import EOS
 
-BLOCK_DOCUMENTS = 1024
 WINDOW_BLOCKS = 64
-# Documents whose lengths are looked at in one go while blocks are counted.
-_COUNTED_DOCUMENTS = 1024 * BLOCK_DOCUMENTS
 
 
 class Position(NamedTuple):
@@ -221,15 +218,16 @@ def _count_blocks(part: Part, chunk_tokens: int | None) -> _Blocks:
     for index, shard in enumerate(part):
         if not shard.documents:
             continue
-        offsets = shard.map_offsets()
         first = np.arange(0, shard.documents, BLOCK_DOCUMENTS)
         shards.append(np.full(len(first), index))
         firsts.append(first)
         documents.append(np.minimum(BLOCK_DOCUMENTS, shard.documents - first))
-        for begin in range(0, shard.documents, _COUNTED_DOCUMENTS):
-            lengths = np.diff(offsets[begin : begin + _COUNTED_DOCUMENTS + 1])
-            if chunk_tokens is not None:
-                lengths = np.minimum(lengths, chunk_tokens)
-            tokens.append(np.add.reduceat(lengths, np.arange(0, len(lengths), BLOCK_DOCUMENTS)))
+        block_tokens, longest = np.array(shard.map_blocks()).T
+        if chunk_tokens is not None:
+            offsets = shard.map_offsets()
+            for block in np.flatnonzero(longest > chunk_tokens).tolist():
+                lengths = np.diff(offsets[block * BLOCK_DOCUMENTS : (block + 1) * BLOCK_DOCUMENTS + 1])
+                block_tokens[block] = np.minimum(lengths, chunk_tokens).sum()
+        tokens.append(block_tokens)
     none = [np.empty(0, np.int64)]
     return _Blocks(*(np.concatenate(arrays or none) for arrays in (shards, firsts, documents, tokens)))
