@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from openmoe.data.batch_memory import AllocateBytes, BatchMemory, ordinary_memory
 from openmoe.data.config import DataConfig, ObjectiveName, PhaseConfig
 from openmoe.data.curriculum import Curriculum
 from openmoe.data.errors import DataError
 from openmoe.data.objectives import Objective, make_objective
-from openmoe.data.packing import Allocate
+from openmoe.data.packing import empty_batch
 from openmoe.data.plan import Planner, Repetition, StepPlan, held_back_examples, materialise
 from openmoe.data.prepare import PreparedData
 from openmoe.data.recipe import PlannedExamples
@@ -70,9 +71,9 @@ class Loader:
         global_batch_rows: int,
         seed: int,
         rows: slice | None = None,
-        allocate: Allocate = np.zeros,
+        allocate: AllocateBytes = ordinary_memory,
     ) -> None:
-        """`rows` selects this rank's rows of the global batch (None: all); `allocate` makes their arrays.
+        """`rows` selects this rank's rows of the global batch (None: all); `allocate` gives their memory.
 
         Raises DataError for a curriculum that is out of order, names a source that is not there, or has an
         objective that needs longer rows.
@@ -86,7 +87,7 @@ class Loader:
         self._seq_len = seq_len
         self._global_batch_rows = global_batch_rows
         self._seed = seed
-        self._allocate = allocate
+        self._memory = BatchMemory(allocate)
         self._rows = rows if rows is not None else slice(None)
         assert self._rows.step is None, "a rank's rows follow one another"
         self._require_rows()
@@ -161,9 +162,7 @@ class Loader:
                 mine._replace(row=mine.row - first_row),
                 self._streams,
                 self._objectives[plan.phase],
-                past_row - first_row,
-                self._seq_len,
-                self._allocate,
+                self._memory.empty_batch(past_row - first_row, self._seq_len),
             ),
             positions=self.curriculum.tokens_per_step,
             nonpad_tokens=int(sizes.sum()),
@@ -240,7 +239,8 @@ class Loader:
         held_back = TokenStream(source, self._prepared.sources[source].splits["valid"], 0, None)
         made = self._objective(objective)
         examples = held_back_examples(index, held_back, made, self._seq_len, rows)
-        return materialise(examples, [held_back] * len(self.source_names), made, rows, self._seq_len)
+        batch = empty_batch(rows, self._seq_len)
+        return materialise(examples, [held_back] * len(self.source_names), made, batch)
 
     def close(self) -> None:
         """Stop the threads that build ahead."""

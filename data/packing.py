@@ -4,7 +4,7 @@ A row holds whole examples one after the other: inputs ++ targets each, shifted 
 each, loss on the targets only, segment ids from 1, padding 0.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,18 +22,9 @@ BATCH_ARRAYS: dict[str, tuple[type[np.generic], int]] = {
 }
 
 
-# Makes an array of zeros from shape and type: np.zeros, or memory that a device can read by itself.
-Allocate = Callable[[tuple[int, int], type[np.generic]], np.ndarray]
-
-
-def empty_batch(rows: int, seq_len: int, allocate: Allocate = np.zeros) -> dict[str, np.ndarray]:
+def empty_batch(rows: int, seq_len: int) -> dict[str, np.ndarray]:
     """A batch of padding."""
-    batch: dict[str, np.ndarray] = {}
-    for name, (dtype, padding) in BATCH_ARRAYS.items():
-        batch[name] = allocate((rows, seq_len), dtype)
-        if padding:
-            batch[name].fill(padding)
-    return batch
+    return {name: np.full((rows, seq_len), padding, kind) for name, (kind, padding) in BATCH_ARRAYS.items()}
 
 
 def place(

@@ -15,7 +15,7 @@ from openmoe.data.config import DataConfig
 from openmoe.data.curriculum import Curriculum
 from openmoe.data.errors import DataError
 from openmoe.data.objectives import Objective
-from openmoe.data.packing import Allocate, NextFit, empty_batch, place
+from openmoe.data.packing import NextFit, place
 from openmoe.data.recipe import PhaseRecipe, PlannedExamples
 from openmoe.data.rng import random_key
 from openmoe.data.stream import Position, TokenStream
@@ -211,15 +211,13 @@ def materialise(
     examples: PlannedExamples,
     streams: Sequence[TokenStream],
     objective: Objective,
-    rows: int,
-    seq_len: int,
-    allocate: Allocate = np.zeros,
+    batch: dict[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
-    """Build `rows` rows: arrays [rows, seq_len] by name (see packing.BATCH_ARRAYS).
+    """Fill the rows of `batch`, which holds padding: arrays [rows, seq_len], see packing.BATCH_ARRAYS.
 
     The examples of a source must follow one another in its text.
     """
-    batch = empty_batch(rows, seq_len, allocate)
+    rows, seq_len = batch["target_tokens"].shape
     at_once = max(1, _TOKENS_AT_ONCE // seq_len)
     for first_row in range(0, rows, at_once):
         first, past = np.searchsorted(examples.row, [first_row, first_row + at_once])

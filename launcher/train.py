@@ -6,14 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from openmoe.checkpoint.manager import CheckpointManager, load_checkpoint
 from openmoe.checkpoint.state import restore_counters, training_tensors
+from openmoe.data.batch_memory import AllocateBytes, ordinary_memory
 from openmoe.data.curriculum import Curriculum
 from openmoe.data.loader import Loader
-from openmoe.data.packing import Allocate
 from openmoe.data.plan import Repetition
 from openmoe.data.prepare import PreparedData, prepare
 from openmoe.launcher.entry import run_command, write_config
@@ -29,7 +28,7 @@ from openmoe.train.loop import Run, fit
 from openmoe.train.metrics import JsonlWriter, WandbWriter
 from openmoe.train.progress import Progress
 from openmoe.train.signals import StopSignals
-from openmoe.train.step import MicroBatch, host_zeros, micro_batches
+from openmoe.train.step import MicroBatch, host_memory, micro_batches
 from openmoe.train.throughput import peak_flops
 
 
@@ -44,7 +43,7 @@ def train(config: Config) -> None:
     run_dir = Path(config.run.dir)
     resume_from = resume_point(config.checkpoint.resume, run_dir)
     data = prepare(config.data, config.model.vocab_size, source_names(config))
-    loader = build_loader(config, data, host_zeros(device))
+    loader = build_loader(config, data, host_memory(device))
     held_back = _held_back(config, loader, device)
 
     torch.manual_seed(config.run.seed)
@@ -148,7 +147,7 @@ def source_names(config: Config) -> list[str]:
     return sorted({name for phase in config.curriculum for name, rate in phase.mix.items() if rate > 0})
 
 
-def build_loader(config: Config, data: PreparedData, allocate: Allocate = np.zeros) -> Loader:
+def build_loader(config: Config, data: PreparedData, allocate: AllocateBytes = ordinary_memory) -> Loader:
     return Loader(
         data,
         config.curriculum,

@@ -1,12 +1,13 @@
 """One update: micro-batches -> loss -> gradients -> optimizer. Nothing here waits for the device."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from openmoe.data.batch_memory import AllocateBytes, ordinary_memory
 from openmoe.model.batch import Batch
 from openmoe.model.decoder import Decoder
 from openmoe.model.losses import linear_cross_entropy
@@ -24,19 +25,14 @@ class MicroBatch:
     loss_positions: Tensor
 
 
-def host_zeros(device: torch.device) -> Callable[[tuple[int, int], type[np.generic]], np.ndarray]:
-    """How to allocate a host batch for `device`: a GPU copies from pinned memory while the host goes on.
+def host_memory(device: torch.device) -> AllocateBytes:
+    """How to allocate host batches for `device`: a GPU copies from pinned memory while the host goes on.
 
-    So the arrays must live until the copy is done; the loop holds them until it has read the step's metrics.
+    So a batch must be held until its copy is done; the loop holds it until it has read the step's metrics.
     """
     if device.type != "cuda":
-        return np.zeros
-
-    def pinned(shape: tuple[int, int], dtype: type[np.generic]) -> np.ndarray:
-        kind = torch.from_numpy(np.zeros(0, dtype)).dtype
-        return torch.zeros(shape, dtype=kind, pin_memory=True).numpy()
-
-    return pinned
+        return ordinary_memory
+    return lambda size_bytes: torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True).numpy()
 
 
 def micro_batches(

@@ -4,9 +4,11 @@ import dataclasses
 import hashlib
 import json
 import random
+import weakref
 
 import numpy as np
 import pytest
+import torch
 
 from openmoe.data.config import DataConfig, PhaseConfig
 from openmoe.data.errors import DataError
@@ -188,19 +190,31 @@ def test_rows_are_the_same_for_any_ranks_workers_and_resumes(
             assert digest(next(sought)) == expected[after][rows]
 
 
-def test_batches_lie_where_the_allocator_says(
-    prepared: PreparedData, config: DataConfig, reference: list[StepBatch]
+@pytest.mark.parametrize("workers", [0, 2])
+def test_memory_is_used_again_once_nobody_holds_it(
+    prepared: PreparedData, config: DataConfig, reference: list[StepBatch], workers: int
 ) -> None:
-    """Catches batches that are built elsewhere than in the pinned memory they were given."""
-    made: list[np.ndarray] = []
+    """Catches a batch that is overwritten while in use, memory that grows, batches outside what was given."""
+    blocks: list[weakref.ref[np.ndarray]] = []  # holding them would keep them from being used again
 
-    def allocate(shape: tuple[int, int], dtype: type[np.generic]) -> np.ndarray:
-        made.append(np.zeros(shape, dtype))
-        return made[-1]
+    def allocate(size_bytes: int) -> np.ndarray:
+        block = np.full(size_bytes, 255, np.uint8)
+        blocks.append(weakref.ref(block))
+        return block
 
-    batch = next(loader(prepared, config, allocate=allocate))
-    assert {id(array) for array in batch.arrays.values()} == {id(array) for array in made}
-    assert_same(batch, reference[0])
+    ahead = config.model_copy(update={"workers": workers})
+    batches = loader(prepared, ahead, allocate=allocate)
+    held = next(batches)
+    inside = torch.from_numpy(next(batches).arrays["loss_weights"])[1:]
+    expected = inside.clone()
+    for later in reference[2:]:
+        batch = next(batches)
+        assert_same(batch, later)
+        assert all(any(array.base is block() for block in blocks) for array in batch.arrays.values())
+    assert_same(held, reference[0])
+    assert torch.equal(inside, expected)
+    assert len(blocks) <= 2 + 2 + 2 * workers
+    batches.close()
 
 
 def test_a_change_of_mix_on_resume_goes_on_with_the_next_text(

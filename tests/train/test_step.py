@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from openmoe.data.batch_memory import BatchMemory
 from openmoe.model.config import ModelConfig
 from openmoe.model.decoder import Decoder
 from openmoe.parallel.build import build_decoder
-from openmoe.train.step import host_zeros, loss_sums, micro_batches
+from openmoe.train.step import host_memory, loss_sums, micro_batches
 
 CPU = torch.device("cpu")
 
@@ -33,7 +34,7 @@ def host_batch() -> dict[str, np.ndarray]:
 def test_host_batches_for_a_gpu_are_pinned() -> None:
     """Bug: batches in ordinary memory, whose copy holds the host up; ids that are no index on the device."""
     device = torch.device("cuda")
-    arrays = {name: host_zeros(device)(array.shape, array.dtype.type) for name, array in host_batch().items()}
+    arrays = BatchMemory(host_memory(device)).empty_batch(6, 16)
     assert all(torch.from_numpy(array).is_pinned() for array in arrays.values())
     micro = micro_batches(arrays, 3, device)
     assert all(block.batch.input_tokens.dtype == torch.int64 for block in micro)
