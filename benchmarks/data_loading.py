@@ -49,26 +49,61 @@ MEMORY_TOKENS = (50_000_000, 400_000_000, 800_000_000)
 MEMORY_BATCHES = 100
 
 
-class Entrant:
-    """A contender during the run: its batches and what each round gave."""
-
-    def __init__(self, contender: Contender, corpus: Corpus, rows: int) -> None:
-        self.contender = contender
-        start = time.perf_counter()
-        self._batches: Iterator[Batch] = contender.open(corpus, rows)
-        next(self._batches)
-        self.open_seconds = time.perf_counter() - start
-        self.rounds: list[dict[str, float]] = []
-
-    def run_round(self, seconds: float) -> None:
+def serve(contender: Contender, corpus: Corpus, rows: int) -> None:
+    """Open the contender, then measure a round for each line of standard input (its seconds); prints JSON."""
+    start = time.perf_counter()
+    batches: Iterator[Batch] = contender.open(corpus, rows)
+    next(batches)
+    print(json.dumps(time.perf_counter() - start), flush=True)
+    for line in sys.stdin:
         totals = dict.fromkeys(COUNTS, 0)
         cpu, start = time.process_time(), time.perf_counter()
-        while time.perf_counter() - start < seconds:
-            batch = next(self._batches)
+        while time.perf_counter() - start < float(line):
+            batch = next(batches)
             for name in COUNTS:
                 totals[name] += getattr(batch, name)
         wall = time.perf_counter() - start
-        self.rounds.append({"wall_seconds": wall, "cpu_seconds": time.process_time() - cpu} | totals)
+        measured = {"wall_seconds": wall, "cpu_seconds": time.process_time() - cpu} | totals
+        print(json.dumps(measured), flush=True)
+
+
+class Entrant:
+    """A contender in a process of its own, idle between its rounds, and what each round gave."""
+
+    def __init__(self, contender: Contender, corpus: Corpus, rows: int) -> None:
+        self.contender = contender
+        command = [sys.executable, "-m", "benchmarks.data_loading", "--serve", contender.name]
+        command += [
+            "--tokens",
+            str(corpus.tokens),
+            "--rows",
+            str(rows),
+            "--folder",
+            str(corpus.folder.parent),
+        ]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, cwd=RESULTS.parents[1], stdin=pipe, stdout=pipe, text=True)
+        self.open_seconds = float(self._answer())
+        self.rounds: list[dict[str, float]] = []
+
+    def _answer(self) -> Any:
+        """The next line of JSON; a contender may print other things while it opens."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            try:
+                return json.loads(line)
+            except ValueError:
+                continue
+        raise RuntimeError(f"{self.contender.name} ended with exit code {self._process.wait()}")
+
+    def run_round(self, seconds: float) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{seconds}\n")
+        self._process.stdin.flush()
+        self.rounds.append(self._answer())
+
+    def close(self) -> None:
+        self._process.communicate()
 
     def speeds(self, count: str) -> list[float]:
         """Tokens per second of processor time of each round, sorted.
@@ -103,6 +138,8 @@ def measure_speed(
         print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
         for entrant in entrants:
             entrant.run_round(seconds)
+    for entrant in entrants:
+        entrant.close()
     return entrants
 
 
@@ -258,6 +295,10 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
         corpus = write_corpus(folder / f"{arguments.tokens}", arguments.tokens)
         print(json.dumps(measure_own_memory(contender, corpus, arguments.rows)))
         return
+    if arguments.serve:
+        contender = next(each for each in CONTENDERS if each.name == arguments.serve)
+        serve(contender, write_corpus(folder / f"{arguments.tokens}", arguments.tokens), arguments.rows)
+        return
     contenders = [each for each in CONTENDERS if arguments.only in each.name]
     for contender in contenders:
         if not installed(contender):
@@ -310,6 +351,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--folder", help="where the corpus is written, and found again (default: temporary)")
     parser.add_argument("--only", default="", help="contenders whose name contains this")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
