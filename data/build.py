@@ -30,7 +30,7 @@ from openmoe.data.shards import (
     read_manifest,
     replace_file,
     shard_files,
-    sync_folder,
+    sync_path,
     write_manifest,
 )
 from openmoe.data.tasks import Task, cut_tasks
@@ -151,7 +151,7 @@ def _run(folder: Path, tasks: Sequence[Task], tokenizer: Tokenizer, work: Work) 
         for task, receipt in finished:
             path = _receipt_path(folder, task)
             path.parent.mkdir(parents=True, exist_ok=True)
-            sync_folder(part_folder(folder, task.source, task.part))
+            sync_path(part_folder(folder, task.source, task.part))
             replace_file(path, json.dumps(asdict(receipt)).encode())
             receipts[task.name] = receipt
             progress.finish(task, sum(int(entry["tokens"]) for entry in receipt.shard.values()))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from openmoe.data.errors import DataError
+from openmoe.data.shards import sync_path
 
 
 def cache_folder(cache_dir: str | None) -> Path:
@@ -38,7 +39,7 @@ def build_once(final: Path, build: Callable[[Path], object]) -> Path:
         build(temporary)
         for path in temporary.rglob("*"):
             if path.is_file():
-                _sync(path)
+                sync_path(path)
         try:
             temporary.rename(final)
         except OSError:
@@ -47,11 +48,3 @@ def build_once(final: Path, build: Callable[[Path], object]) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -111,12 +111,12 @@ def replace_file(path: Path, content: bytes) -> None:
         file.write(content)
         sync(file)
     os.replace(fresh, path)
-    sync_folder(path.parent)
+    sync_path(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make what was renamed into `folder` outlast a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Make the content of a file, or what was renamed into a folder, outlast a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
