@@ -210,7 +210,7 @@ def test_another_runs_checkpoint_does_not_open_a_used_folder(
         ("train.seq_len=128", "train.seq_len"),
         ("train.global_batch_rows=8", "train.global_batch_rows"),
         ("data.tokenizer.vocab_size=520", "tokenizer"),
-        ("data.mix_rates=per_example", "data.mix_rates"),
+        ("data.mode_strings=false", "data.mode_strings"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
