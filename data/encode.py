@@ -1,9 +1,8 @@
 """One task of preparation: read documents, split and tokenise them, write a shard, return the receipt."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from openmoe.data.held_back import Document, split_documents
 from openmoe.data.readers import OnCorrupt, Reading, read_documents
@@ -41,9 +40,6 @@ class Receipt:
     empty_documents: int
     # Place and reason of each corrupt record.
     skipped: list[str]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 # Share of the task that is done, and tokens written so far.

@@ -258,13 +258,12 @@ def _alike(examples: PlannedExamples, one_class: bool) -> list[np.ndarray]:
 def _cut(examples: PlannedExamples, mine: np.ndarray, texts: dict[int, tuple[int, np.ndarray]]) -> np.ndarray:
     """The text of examples of one length, int32 [n, raw tokens]; `texts` are first number and tokens."""
     raw_tokens = int(examples.raw_tokens[mine[0]])
-    if len(texts) == 1 or (examples.source[mine] == examples.source[mine[0]]).all():
-        first, text = texts[int(examples.source[mine[0]])]
-        start, stop = int(examples.start[mine[0]]) - first, int(examples.start[mine[-1]]) - first + raw_tokens
-        if stop - start == len(mine) * raw_tokens:  # one after the other: no copy
-            return text[start:stop].reshape(len(mine), raw_tokens)
+    sources, starts = examples.source[mine].tolist(), examples.start[mine].tolist()
+    if len(set(sources)) == 1 and starts[-1] - starts[0] == (len(mine) - 1) * raw_tokens:
+        first, text = texts[sources[0]]  # one after the other: no copy
+        return text[starts[0] - first :][: len(mine) * raw_tokens].reshape(len(mine), raw_tokens)
     pieces = []
-    for source, start in zip(examples.source[mine].tolist(), examples.start[mine].tolist(), strict=True):
+    for source, start in zip(sources, starts, strict=True):
         first, text = texts[source]
         pieces.append(text[start - first : start - first + raw_tokens])
     return np.concatenate(pieces).reshape(len(mine), raw_tokens)

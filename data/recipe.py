@@ -105,7 +105,7 @@ class PhaseRecipe:
         self._ramp_from = rates if ramp_from is None else ramp_from
         self._ramp_blocks = -(-ramp_rows // self.block_rows)
         self._ramp_sums = [np.zeros((classes, len(rates)), np.int64)]
-        # Threads share both: at worst two of them work out the same block.
+        # A step's end is the next one's begin, and a block serves several steps.
         self._block = lru_cache(maxsize=8)(self._make_block)
         self._examples_before = lru_cache(maxsize=8)(self._count_examples_before)
 
