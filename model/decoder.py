@@ -1,7 +1,8 @@
 """The OpenMoE decoder: dense blocks with a MoE block every `moe_every` layers."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +12,17 @@ from openmoe.model.batch import Batch
 from openmoe.model.config import ModelConfig
 from openmoe.model.dispatch import DISPATCHERS, TokenDispatcher
 from openmoe.model.layers import Attention, Embedding, FeedForward, Linear, RMSNorm, rotary_table
+from openmoe.model.losses import linear_cross_entropy
 from openmoe.model.moe import MoELayer, RoutingTrace, routing_trace
 from openmoe.model.router import RouterStatistics, Routing, TopKRouter
 from openmoe.model.segments import SegmentTiles
+from openmoe.model.tensor_ranks import ONE_RANK, TensorRanks
 
 
-@dataclass(frozen=True)
-class DecoderOutput:
-    hidden: Tensor  # [rows, seq_len, d_model], what the head multiplies
+class DecoderOutput(NamedTuple):
+    hidden: Tensor  # [rows, seq_len / ranks, d_model], what the head multiplies
     router: list[RouterStatistics]  # one per MoE layer
-    traces: list[RoutingTrace] = field(default_factory=list)  # on request
+    traces: list[RoutingTrace]  # on request
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,25 @@ class Positions:
     real: Tensor  # [rows, seq_len] bool, False = padding
     mask: Tensor | None  # [rows, 1, seq_len, seq_len] bool, or of the tiles; None = plain causal
     query_mask: Tensor | None  # [rows, seq_len] bool, False = sees no key; None = every query sees one
-    input_mask: Tensor | None  # [rows, seq_len, 1], 0/1 factor of every sub-layer's input
+    input_mask: Tensor | None  # [rows, seq_len / ranks, 1], 0/1 factor of every sub-layer's input
     tiles: SegmentTiles | None  # where attention runs over segments instead of rows
 
 
 class Block(nn.Module):
-    """Dense (paper Eq. 3): x += Attn(norm(x)); x += FFN(norm(x)). A MoE block adds experts to it (Eq. 4)."""
+    """Dense (paper Eq. 3): x += Attn(norm(x)); x += FFN(norm(x)). A MoE block adds experts to it (Eq. 4).
 
-    def __init__(self, config: ModelConfig, layer: int, dispatcher: TokenDispatcher) -> None:
+    Tensor ranks hold x, the norms' and the experts' inputs and outputs as slices of the sequence; attention
+    and FFN see whole rows and return terms of a sum.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layer: int, dispatcher: TokenDispatcher, ranks: TensorRanks
+    ) -> None:
         super().__init__()
+        self.ranks = ranks
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config)
-        self.moe = MoELayer(config, dispatcher) if config.is_moe_layer(layer) else None
+        self.moe = MoELayer(config, dispatcher, ranks) if config.is_moe_layer(layer) else None
         self.shared_norm = config.residual == "parallel_shared_norm"
         if self.moe is not None:
             self.moe_norm = RMSNorm(config.d_model, config.norm_eps)
@@ -51,16 +60,20 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(self, x: Tensor, at: Positions) -> tuple[Tensor, RouterStatistics | None, Routing | None]:
-        h = _masked(self.attention_norm(x), at)
-        x = x + self.attention(h, at.rotary, at.mask, at.query_mask, at.tiles)
+        h = self.ranks.gather_sequence(_masked(self.attention_norm(x), at))
+        y = self.attention(h, at.rotary, at.mask, at.query_mask, at.tiles)
+        x = x + self.ranks.scatter_sequence(y)
         if self.moe is None:
-            return x + self.ffn(_masked(self.ffn_norm(x), at)), None, None
+            return x + self._ffn(_masked(self.ffn_norm(x), at)), None, None
         h = _masked(self.moe_norm(x), at)
         y, statistics, routing = self.moe(h, at.real)
         if self.shared_norm:
-            return x + y + self.ffn(h), statistics, routing
+            return x + y + self._ffn(h), statistics, routing
         x = x + y
-        return x + self.ffn(_masked(self.ffn_norm(x), at)), statistics, routing
+        return x + self._ffn(_masked(self.ffn_norm(x), at)), statistics, routing
+
+    def _ffn(self, h: Tensor) -> Tensor:
+        return self.ranks.scatter_sequence(self.ffn(self.ranks.gather_sequence(h)))
 
 
 class Decoder(nn.Module):
@@ -69,6 +82,7 @@ class Decoder(nn.Module):
     Args:
         config: shape and routing.
         dispatcher: how tokens reach their experts; None takes `config.dispatch` on one device.
+        ranks: those that share the rows of a batch and the matrices.
 
     Parameters come uninitialised; `openmoe.model.init.initialise` fills them. `train()` and `eval()` choose
     the capacity factor. The dtype of the activations is `compute_dtype`; parameters keep their own.
@@ -79,13 +93,15 @@ class Decoder(nn.Module):
         config: ModelConfig,
         dispatcher: TokenDispatcher | None = None,
         compute_dtype: torch.dtype = torch.float32,
+        ranks: TensorRanks = ONE_RANK,
     ) -> None:
         super().__init__()
         self.config = config
+        self.ranks = ranks
         self.compute_dtype = compute_dtype
         dispatcher = dispatcher or DISPATCHERS[config.dispatch]
-        self.embedding = Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(config, i, dispatcher) for i in range(config.n_layers))
+        self.embedding = Embedding(config.vocab_size, config.d_model, ranks)
+        self.layers = nn.ModuleList(Block(config, i, dispatcher, ranks) for i in range(config.n_layers))
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tied_head else Linear(config.d_model, config.vocab_size)
 
@@ -100,7 +116,7 @@ class Decoder(nn.Module):
             if routing is not None:
                 statistics.append(block_statistics)
                 if trace:
-                    traces.append(routing_trace(i, routing, batch))
+                    traces.append(routing_trace(i, routing, batch, self.ranks))
         hidden = _masked(self.final_norm(x), at)
         if self.head is None:
             # Embeddings have unit variance; without the factor logits would grow with d_model.
@@ -109,8 +125,19 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """`[vocab_size, d_model]`."""
+        """`[vocab_size / ranks, d_model]`."""
         return self.embedding.weight if self.head is None else self.head.weight
+
+    def token_losses(
+        self, hidden: Tensor, positions: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross-entropy, log-partition and correctness of the tokens at `positions` of the flattened rows.
+
+        See `linear_cross_entropy`; hidden as `forward` returns it, the rest `[tokens]` int64.
+        """
+        rows = self.ranks.gather_sequence(hidden)
+        chosen = rows.flatten(0, 1).index_select(0, positions)
+        return linear_cross_entropy(chosen, self.head_weight, targets, self.ranks)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., vocab_size]` in float32 or wider, for generation and analysis."""
@@ -121,10 +148,10 @@ class Decoder(nn.Module):
         """From now on the routers' weights get no gradient; tokens are still routed by them."""
         for module in self.modules():
             if isinstance(module, TopKRouter):
-                module.weight.requires_grad_(False)
+                module.frozen = True
 
     def _positions(self, batch: Batch, x: Tensor) -> Positions:
-        seq_len = x.shape[1]
+        seq_len = batch.input_tokens.shape[1]
         # Tiles hold no padding: where it sees a row's other columns, and that shows, rows keep their mask.
         tiles = None if self.config.mask_padding or self.config.route_padding else batch.tiles
         # In a tile positions count from the segment's start. Scores know differences only, and small angles
@@ -139,7 +166,8 @@ class Decoder(nn.Module):
         # of the row (facts 1.8). So the column after a sequence, whose input is EOS, counts as real.
         tokens = batch.input_tokens > 0
         used = tokens | F.pad(tokens[:, 1:], (0, 1)) | (torch.arange(seq_len, device=x.device) == 0)
-        return Positions(rotary, used, mask, real, used[..., None].to(x.dtype), None)
+        input_mask = self.ranks.own_slice(used)[..., None].to(x.dtype)
+        return Positions(rotary, used, mask, real, input_mask, None)
 
 
 def _masked(x: Tensor, at: Positions) -> Tensor:

@@ -5,6 +5,7 @@ mask, kept rows are sorted by expert, each expert is one contiguous GEMM. `einsu
 one-hot masks and static shapes, what XLA partitions best, and the oracle of the tests.
 """
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,28 +21,46 @@ class TokenDispatcher(Protocol):
         """x `[G, T, d_model]` -> `[G, T, d_model]`, zero for tokens without a slot."""
 
 
-def sort_dispatch(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    num_groups, tokens, d_model = x.shape
-    k = routing.expert_index.shape[-1]
+@dataclass(frozen=True)
+class SortedChoices:
+    """The choices of all tokens in the order of their experts; dropped ones form a tail behind the last."""
+
+    token: Tensor  # [choices] int64, the flattened token of each place
+    place: Tensor  # [G * T, k] int64, the place of each choice
+    kept: Tensor  # [G * T, k] bool
+    ends: Tensor  # [E] int32, first place behind each expert
+
+    def take(self, x: Tensor) -> Tensor:
+        """x `[G, T, d_model]` -> a row for each place `[choices, d_model]`."""
+        return _Gather.apply(x.flatten(0, 1), self.token, self.place, self.kept)
+
+    def combine(self, out: Tensor, gate: Tensor) -> Tensor:
+        """Rows by place `[choices, d_model]`, gate `[G, T, k]` -> their weighted sums `[G, T, d_model]`."""
+        by_choice = out.index_select(0, self.place.flatten()).unflatten(0, self.place.shape)
+        # Weighted in the router's precision. Tail rows are undefined: select, never multiply by zero.
+        y = torch.where(self.kept[..., None], by_choice.to(gate.dtype), 0) * gate.view(-1, gate.shape[-1], 1)
+        return y.sum(1).to(out.dtype).unflatten(0, gate.shape[:2])
+
+
+def sort_choices(routing: Routing) -> SortedChoices:
+    """By expert, within an expert by token. On a CPU the tail is left out but for one row."""
+    num_experts, k = routing.logits.shape[-1], routing.expert_index.shape[-1]
     kept = routing.kept.reshape(-1, k)
-    # Dropped choices go to a tail behind the last expert; on a GPU it stays: no host sync.
-    expert = torch.where(kept, routing.expert_index.reshape(-1, k), experts.num_experts).flatten()
+    expert = torch.where(kept, routing.expert_index.reshape(-1, k), num_experts).flatten()
     order = expert.argsort(stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(order.numel(), device=order.device)
-    edges = torch.arange(experts.num_experts, device=order.device)
+    edges = torch.arange(num_experts, device=order.device)
     ends = torch.searchsorted(expert[order], edges, right=True).to(torch.int32)
-
-    if x.device.type == "cpu":  # reading `ends` costs nothing: leave the tail out but for one row
+    if order.device.type == "cpu":  # reading `ends` costs nothing here; on a GPU it would be a host sync
         order = order[: max(1, int(ends[-1]))]
         place = place.clamp(max=len(order) - 1)
+    return SortedChoices(order // k, place.view(-1, k), kept, ends)
 
-    rows = _Gather.apply(x.reshape(-1, d_model), order // k, place.view(-1, k), kept)
-    out = experts.grouped(rows, ends).index_select(0, place).view(-1, k, d_model)
-    # Weighted in the router's precision. Tail rows are undefined: select, never multiply by zero.
-    gate = routing.gate.reshape(-1, k, 1)
-    y = torch.where(kept[..., None], out.to(gate.dtype), 0) * gate
-    return y.sum(1).to(x.dtype).view(num_groups, tokens, d_model)
+
+def sort_dispatch(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    choices = sort_choices(routing)
+    return choices.combine(experts(choices.take(x), choices.ends), routing.gate)
 
 
 class _Gather(torch.autograd.Function):
@@ -61,12 +80,12 @@ class _Gather(torch.autograd.Function):
 
 def einsum_dispatch(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
     num_groups = x.shape[0]
-    by_expert = F.one_hot(routing.expert_index, experts.num_experts).to(x.dtype)  # [G, T, k, E]
+    by_expert = F.one_hot(routing.expert_index, routing.logits.shape[-1]).to(x.dtype)  # [G, T, k, E]
     slots = torch.arange(routing.capacity, device=x.device)
     by_slot = (routing.slot[..., None] == slots).to(x.dtype)  # [G, T, k, C]; all zero where dropped
     dispatch = torch.einsum("gtke,gtkc->gtec", by_expert, by_slot)
     buffers = torch.einsum("gtec,gtd->egcd", dispatch, x)
-    out = experts.batched(buffers.flatten(1, 2)).unflatten(1, (num_groups, routing.capacity))
+    out = experts(buffers.flatten(1, 2)).unflatten(1, (num_groups, routing.capacity))
     combine = torch.einsum("gtke,gtkc,gtk->gtec", by_expert, by_slot, routing.gate.to(x.dtype))
     return torch.einsum("gtec,egcd->gtd", combine, out)
 

@@ -12,11 +12,11 @@ from openmoe.model.layers import gate, wi_0_shape
 
 
 class Experts(nn.Module):
-    """wi_0 `[E, (2,) d_ff, d_model]`, wi_1 `[E, d_ff, d_model]`, wo `[E, d_model, d_ff]`."""
+    """wi_0 `[E, (2,) d_ff, d_model]`, wi_1 `[E, d_ff, d_model]`, wo `[E, d_model, d_ff]`, with E the experts
+    of the layer or, under expert parallelism, of this rank."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_experts = config.num_experts
         self.wi_0 = nn.Parameter(torch.empty(config.num_experts, *wi_0_shape(config)))
         self.wi_1 = nn.Parameter(torch.empty(config.num_experts, config.d_ff, config.d_model))
         self.wo = nn.Parameter(torch.empty(config.num_experts, config.d_model, config.d_ff))
@@ -25,6 +25,10 @@ class Experts(nn.Module):
         num_experts, _, d_model = self.wi_1.shape
         wi_0 = self.wi_0.view(num_experts, -1, d_model)
         return wi_0.to(dtype), self.wi_1.to(dtype), self.wo.to(dtype)
+
+    def forward(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
+        """Fixed buffers x `[E, slots, d_model]`; or with `ends` rows sorted by expert, see `grouped`."""
+        return self.batched(x) if ends is None else self.grouped(x, ends)
 
     def grouped(self, x: Tensor, ends: Tensor) -> Tensor:
         """Rows sorted by expert: x `[rows, d_model]`, expert e has rows ends[e-1] to ends[e] (int32 `[E]`).

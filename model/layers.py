@@ -10,20 +10,28 @@ from torch import Tensor, nn
 
 from openmoe.model.config import ModelConfig
 from openmoe.model.segments import SegmentTiles
+from openmoe.model.tensor_ranks import TensorRanks
 
 
 class Embedding(nn.Module):
-    """One row of weight `[vocab_size, d_model]` for each token.
+    """One row of weight `[vocab_size, d_model]` for each token; tensor ranks hold equal slices of the rows.
 
     nn.Embedding would fill it on the meta device too, for which torch loads its compiler: a second a start.
     """
 
-    def __init__(self, vocab_size: int, d_model: int) -> None:
+    def __init__(self, vocab_size: int, d_model: int, ranks: TensorRanks) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+        self.ranks = ranks
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight)
+        """tokens `[rows, seq_len]` -> `[rows, seq_len / ranks, d_model]`."""
+        if self.ranks.size == 1:
+            return F.embedding(tokens, self.weight)
+        local = tokens - self.ranks.rank * len(self.weight)
+        inside = (local >= 0) & (local < len(self.weight))
+        x = F.embedding(local.where(inside, 0), self.weight)
+        return self.ranks.scatter_sequence(x.masked_fill(~inside[..., None], 0))
 
 
 class Linear(nn.Module):
@@ -67,12 +75,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention; no biases, and 1/sqrt(head_dim) lies in q's initialiser (facts 1.4)."""
+    """Multi-head attention over whole rows; no biases, and 1/sqrt(head_dim) lies in q's initialiser (facts
+    1.4). A tensor rank has some of the heads, and its result is a part of the sum over all of them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d_heads = config.n_heads * config.head_dim
-        self.n_heads = config.n_heads
+        self.head_dim = config.head_dim
         self.q = Linear(config.d_model, d_heads)
         self.k = Linear(config.d_model, d_heads)
         self.v = Linear(config.d_model, d_heads)
@@ -92,7 +101,7 @@ class Attention(nn.Module):
         q, k, v = (project(x) for project in (self.q, self.k, self.v))
         if tiles is not None:
             q, k, v = tiles.cut(q), tiles.cut(k), tiles.cut(v)
-        q, k, v = (h.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for h in (q, k, v))
+        q, k, v = (h.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for h in (q, k, v))
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=1.0)
         if query_mask is not None:
@@ -129,7 +138,8 @@ def wi_0_shape(config: ModelConfig) -> tuple[int, ...]:
 
 
 class FeedForward(nn.Module):
-    """Gated feed-forward of three matrices (paper) or four (released code, facts 1.3)."""
+    """Gated feed-forward of three matrices (paper) or four (released code, facts 1.3). A tensor rank has some
+    of the hidden units, and its result is a part of the sum over all of them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -11,23 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openmoe.model.tensor_ranks import ONE_RANK, TensorRanks
+
 TILE_BYTES = 32 * 2**20  # of float32 logits; the passes hold about three such tiles
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-token loss of a linear head.
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ranks: TensorRanks = ONE_RANK
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-token loss of a linear head, the same on all tensor ranks.
 
     Args:
-        hidden: `[tokens, d_model]`.
-        weight: `[vocab_size, d_model]`, cast to the dtype of hidden tile by tile.
+        hidden: `[tokens, d_model]`. Its gradient is that of this rank's part of the vocabulary, one term of a
+            sum over the ranks.
+        weight: `[vocab_size / ranks, d_model]`, cast to the dtype of hidden tile by tile.
         targets: `[tokens]` int64.
+        ranks: among which the vocabulary is shared out.
 
     Returns:
         Cross-entropy `[tokens]` in nats and log-partition `[tokens]` (its square is the output z-loss), both
         differentiable and float32 or wider; and whether the best logit, the first of equals, is the target's,
         bool `[tokens]`.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, ranks)
 
 
 def _tiles(weight: Tensor, tokens: int) -> list[slice]:
@@ -37,7 +43,11 @@ def _tiles(weight: Tensor, tokens: int) -> list[slice]:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ranks: TensorRanks
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        first = ranks.rank * len(weight)
+        targets = targets - first  # outside of this rank's slice: below 0 or too large
         wide = torch.promote_types(hidden.dtype, torch.float32)
         tokens = len(hidden)
         best = hidden.new_full((tokens,), float("-inf"), dtype=wide)
@@ -54,14 +64,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             target_logit = torch.where(inside, logits.gather(1, local[:, None])[:, 0], target_logit)
             total = total * (best - new_best).exp() + logits.sub_(new_best[:, None]).exp_().sum(1)
             best = new_best
+        correct = best_index == targets
+        if ranks.size > 1:
+            best, total, target_logit, correct = _over_ranks(ranks, best, total, target_logit, correct)
         log_z = best + total.log()
         ctx.save_for_backward(hidden, weight, targets, log_z)
-        correct = best_index == targets
         ctx.mark_non_differentiable(correct)
         return log_z - target_logit, log_z, correct
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, grad_log_z: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(
+        ctx: Any, grad_loss: Tensor, grad_log_z: Tensor, _: Tensor
+    ) -> tuple[Tensor, Tensor, None, None]:
         hidden, weight, targets, log_z = ctx.saved_tensors
         wide = log_z.dtype
         # d loss / d logit = p - onehot(target); d log_z / d logit = p.
@@ -78,4 +92,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad = grad.to(hidden.dtype)
             grad_hidden += grad @ tile_weight
             grad_weight[tile] = grad.t() @ hidden
-        return grad_hidden.to(hidden.dtype), grad_weight, None
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+
+
+def _over_ranks(
+    ranks: TensorRanks, best: Tensor, total: Tensor, target_logit: Tensor, correct: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four results over the whole vocabulary from those over each rank's slice, in one exchange."""
+    parts = ranks.stack(torch.stack((best, total, target_logit, correct.to(best.dtype))))
+    bests, totals, target_logits, corrects = parts.unbind(1)  # each [ranks, tokens]
+    best, winner = bests.max(0)  # the first of equals, as in one slice
+    total = (totals * (bests - best).exp()).sum(0)
+    return best, total, target_logits.sum(0), corrects.gather(0, winner[None])[0] > 0

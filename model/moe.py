@@ -12,11 +12,13 @@ from openmoe.model.dispatch import TokenDispatcher
 from openmoe.model.experts import Experts
 from openmoe.model.groups import expert_capacity, routing_groups
 from openmoe.model.router import RouterStatistics, Routing, TopKRouter
+from openmoe.model.tensor_ranks import TensorRanks
 
 
 @dataclass(frozen=True)
 class RoutingTrace:
-    """What one MoE layer did with each token of a batch; read by the routing analysis."""
+    """What one MoE layer did with each token of a batch, or of the slice of its rows that a tensor rank has;
+    read by the routing analysis."""
 
     layer: int
     token_ids: Tensor  # [rows, seq_len], the tokens that went in
@@ -31,43 +33,46 @@ class RoutingTrace:
 class MoELayer(nn.Module):
     """Router, dispatcher and experts. The dispatcher is handed in: parallel layouts bring their own."""
 
-    def __init__(self, config: ModelConfig, dispatcher: TokenDispatcher) -> None:
+    def __init__(self, config: ModelConfig, dispatcher: TokenDispatcher, ranks: TensorRanks) -> None:
         super().__init__()
         self.config = config
         self.dispatcher = dispatcher
-        self.router = TopKRouter(config)
+        self.ranks = ranks
+        self.router = TopKRouter(config, ranks)
         self.experts = Experts(config)
 
     def forward(self, x: Tensor, real: Tensor) -> tuple[Tensor, RouterStatistics, Routing]:
-        """x `[rows, seq_len, d_model]`; real bool `[rows, seq_len]`, False = padding."""
-        rows, seq_len, d_model = x.shape
+        """x `[rows, seq_len / ranks, d_model]`; real bool `[rows, seq_len]`, False = padding."""
+        rows, seq_len = real.shape
         groups = routing_groups(self.config, rows, seq_len, self.training)
         capacity = expert_capacity(self.config, groups.tokens_per_group, self.training)
         padding = groups.padded_seq_len - seq_len
         grouped = F.pad(x, (0, 0, 0, padding)) if padding else x  # pad copies even where it adds nothing
-        grouped = grouped.reshape(groups.num_groups, groups.tokens_per_group, d_model)
+        grouped = grouped.reshape(groups.num_groups, -1, x.shape[-1])
         routed = None
         if not self.config.route_padding:
             routed = F.pad(real, (0, padding)).reshape(groups.num_groups, -1)
-        routing, statistics = self.router(grouped, capacity, routed)
+        routing, statistics = self.router(grouped, capacity, rows, routed)
         y = self.dispatcher(grouped, routing, self.experts)
-        y = y.reshape(rows, groups.padded_seq_len, d_model)[:, :seq_len]
+        y = y.reshape(rows, -1, x.shape[-1])[:, : x.shape[1]]
         return y, statistics, routing
 
 
-def routing_trace(layer: int, routing: Routing, batch: Batch) -> RoutingTrace:
+def routing_trace(layer: int, routing: Routing, batch: Batch, ranks: TensorRanks) -> RoutingTrace:
     """The routing of MoE layer `layer` in the shape of the batch, without the padding of groups."""
     tokens = batch.input_tokens
-    rows, seq_len = tokens.shape
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    own_tokens = ranks.own_slice(tokens)
+    rows, seq_len = own_tokens.shape
 
     def by_row(x: Tensor) -> Tensor:
         return x.detach().reshape(rows, -1, x.shape[-1])[:, :seq_len]
 
     return RoutingTrace(
         layer=layer,
-        token_ids=tokens,
-        positions=torch.arange(seq_len, device=tokens.device).expand_as(tokens),
-        source_ids=batch.source_ids,
+        token_ids=own_tokens,
+        positions=ranks.own_slice(positions),
+        source_ids=None if batch.source_ids is None else ranks.own_slice(batch.source_ids),
         expert_index=by_row(routing.expert_index),
         probs=by_row(routing.gate),
         kept=by_row(routing.kept),

@@ -1,17 +1,21 @@
 """Token-choice top-k routing with capacity (facts 2; flaxformer TokensChooseMaskedRouter)."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openmoe.model.config import ModelConfig
+from openmoe.model.tensor_ranks import TensorRanks
 
 
-@dataclass(frozen=True)
-class Routing:
-    """Where each token of each group goes. G groups of T tokens, E experts, k choices."""
+class Routing(NamedTuple):
+    """Where each token of each group goes. G groups of T tokens, E experts, k choices.
+
+    Where tensor ranks share the rows, T counts this rank's tokens of a group; slots are those of the group.
+    A tuple, as what a block returns must show its tensors to hooks.
+    """
 
     logits: Tensor  # [G, T, E], at least float32
     probs: Tensor  # [G, T, E], softmax of the logits
@@ -26,9 +30,11 @@ class Routing:
         return self.slot >= 0
 
 
-@dataclass(frozen=True)
-class RouterStatistics:
-    """Sums of one MoE layer over its groups; losses divide by their number once the batch is complete."""
+class RouterStatistics(NamedTuple):
+    """Sums of one MoE layer over its groups; losses divide by their number once the batch is complete.
+
+    Where tensor ranks share the rows, all but `num_groups` are this rank's terms of a sum over them.
+    """
 
     num_groups: int
     # Sum over groups of E * sum_e f_e P_e; k a group at perfect balance.
@@ -44,22 +50,49 @@ class RouterStatistics:
 class TopKRouter(nn.Module):
     """softmax(x W^T) in float32 or wider, the k best experts of each token, first choices served first."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ranks: TensorRanks) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.d_model))
         self.top_k = config.top_k
+        self.ranks = ranks
+        self.frozen = False
 
     def forward(
-        self, x: Tensor, capacity: int, routed: Tensor | None = None
+        self, x: Tensor, capacity: int, rows: int, routed: Tensor | None = None
     ) -> tuple[Routing, RouterStatistics]:
-        """x `[G, T, d_model]`; routed bool `[G, T]`, None = all; capacity in slots per expert and group."""
+        """Routes the tokens of each group.
+
+        Args:
+            x: `[G, T, d_model]`, this rank's tokens.
+            capacity: slots per expert and group.
+            rows: rows of the batch, of which x holds a slice of positions.
+            routed: bool `[G, T * ranks]`, the whole groups; None = all tokens.
+        """
         wide = torch.promote_types(x.dtype, torch.float32)
-        logits = F.linear(x.to(wide), self.weight.to(wide))
+        weight = self.weight.detach() if self.frozen else self.weight
+        logits = F.linear(x.to(wide), weight.to(wide))
         probs = logits.softmax(-1)
         expert_index = _top_k(probs.detach(), self.top_k)
-        slot = _slots(expert_index, self.weight.shape[0], capacity, routed)
+        # Slots are given out over the whole group: its choices, a few integers a token, go to all its ranks.
+        group_index = self._whole_groups(expert_index, rows)
+        slot = self._own_tokens(_slots(group_index, len(weight), capacity, routed), rows)
         routing = Routing(logits, probs, expert_index, probs.gather(-1, expert_index), slot, capacity)
-        return routing, _statistics(routing, routed)
+        own = None if routed is None else self._own_tokens(routed, rows)
+        return routing, _statistics(routing, group_index, routed, own)
+
+    def _whole_groups(self, x: Tensor, rows: int) -> Tensor:
+        """`[G, T, ...]` -> `[G, T * ranks, ...]`: groups are whole rows wherever rows are shared out."""
+        if self.ranks.size == 1:
+            return x
+        by_row = x.reshape(rows, -1, *x.shape[2:])
+        return self.ranks.gather_sequence(by_row).reshape(len(x), -1, *x.shape[2:])
+
+    def _own_tokens(self, x: Tensor, rows: int) -> Tensor:
+        """The way back."""
+        if self.ranks.size == 1:
+            return x
+        by_row = x.reshape(rows, -1, *x.shape[2:])
+        return self.ranks.own_slice(by_row).reshape(len(x), -1, *x.shape[2:])
 
 
 def _top_k(probs: Tensor, k: int) -> Tensor:
@@ -89,17 +122,24 @@ def _slots(expert_index: Tensor, num_experts: int, capacity: int, routed: Tensor
     return slot.view(num_groups, k, tokens).transpose(1, 2).long()
 
 
-def _statistics(routing: Routing, routed: Tensor | None) -> RouterStatistics:
-    num_experts = routing.probs.shape[-1]
-    chosen = F.one_hot(routing.expert_index, num_experts).to(routing.probs.dtype)  # [G, T, k, E]
+def _statistics(
+    routing: Routing, group_index: Tensor, group_routed: Tensor | None, routed: Tensor | None
+) -> RouterStatistics:
+    """`group_index` and `group_routed` of whole groups, `routed` and `routing` of this rank's tokens."""
+    num_experts, dtype = routing.probs.shape[-1], routing.probs.dtype
     log_z = routing.logits.logsumexp(-1)
     entropy = log_z - (routing.probs * routing.logits).sum(-1)
-    weight = torch.ones_like(log_z) if routed is None else routed.to(log_z.dtype)
-    group_tokens = weight.sum(1).clamp(min=1)  # [G]
-    chosen = chosen * weight[..., None, None]
+    weight = torch.ones_like(log_z) if routed is None else routed.to(dtype)
+    chosen = F.one_hot(routing.expert_index, num_experts).to(dtype) * weight[..., None, None]  # [G, T, k, E]
+    group_chosen, group_weight = chosen, weight
+    if group_index is not routing.expert_index:
+        group_weight = group_index.new_ones(group_index.shape[:2], dtype=dtype)
+        group_weight = group_weight if group_routed is None else group_routed.to(dtype)
+        group_chosen = F.one_hot(group_index, num_experts).to(dtype) * group_weight[..., None, None]
+    group_tokens = group_weight.sum(1).clamp(min=1)  # [G]
     # f_e: share of the group's tokens that have e among their k choices, before dropping; P_e: mean
-    # probability.
-    f = chosen.sum((1, 2)) / group_tokens[:, None]
+    # probability, of which the own tokens give one term.
+    f = group_chosen.sum((1, 2)) / group_tokens[:, None]
     p = (routing.probs * weight[..., None]).sum(1) / group_tokens[:, None]
     kept = routing.kept.to(weight.dtype)
     return RouterStatistics(

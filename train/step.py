@@ -10,7 +10,6 @@ from torch import Tensor
 from openmoe.data.batch_memory import AllocateBytes, ordinary_memory
 from openmoe.model.batch import Batch
 from openmoe.model.decoder import Decoder
-from openmoe.model.losses import linear_cross_entropy
 from openmoe.model.router import RouterStatistics
 from openmoe.model.segments import SegmentTiles, tile_index
 from openmoe.optim.build import set_learning_rate
@@ -99,9 +98,8 @@ class LossSums:
 def loss_sums(model: Decoder, micro: MicroBatch) -> LossSums:
     """Forward pass and loss of one micro-batch, nothing normalised yet."""
     out = model(micro.batch)
-    hidden = out.hidden.flatten(0, 1).index_select(0, micro.loss_positions)
     targets = micro.batch.target_tokens.flatten().index_select(0, micro.loss_positions)
-    nll, log_z, correct = linear_cross_entropy(hidden, model.head_weight, targets)
+    nll, log_z, correct = model.token_losses(out.hidden, micro.loss_positions, targets)
     weights = micro.batch.loss_weights.flatten().index_select(0, micro.loss_positions).to(nll.dtype)
     return LossSums(
         lm=(nll * weights).sum(),

@@ -31,7 +31,7 @@ def reference_block(block, x, top_k: int, capacity: int):
         return torch.cat((z.real, z.imag), -1)
 
     a, n = block.attention, norm(block.attention_norm, x)
-    q, k, v = ((n @ m.weight.t()).unflatten(-1, (a.n_heads, -1)).transpose(1, 2) for m in (a.q, a.k, a.v))
+    q, k, v = ((n @ m.weight.t()).unflatten(-1, (-1, a.head_dim)).transpose(1, 2) for m in (a.q, a.k, a.v))
     scores = rotated(q) @ rotated(k).transpose(-1, -2)
     scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), float("-inf"))
     x = x + (scores.softmax(-1) @ v).transpose(1, 2).flatten(2) @ a.o.weight.t()
