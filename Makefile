@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ROOMS := $(filter-out tests,$(patsubst %/__init__.py,%,$(wildcard */__init__.py)))
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-input
 
-.PHONY: install format check test test-xla demo clean
+.PHONY: install format check test test-distributed test-xla demo clean
 
 install: $(VENV)/.installed
 
@@ -41,6 +41,10 @@ check: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	@$(VENV)/bin/python -m pytest -q
+
+# An empty -m takes in what `make test` leaves out.
+test-distributed: $(VENV)/.installed
+	@$(VENV)/bin/python -m pytest -q -m "" tests/distributed
 
 # Level 0 makes the CPU back end compile several times faster; the traced program is the same.
 # The second line runs the shared path on torch 2.9 without XLA.
