@@ -23,6 +23,7 @@ from openmoe.launcher.schema import Config
 from openmoe.launcher.train import build_loader, longest_segment, source_names
 from openmoe.optim.build import build_optimizer
 from openmoe.parallel.build import build_decoder
+from openmoe.parallel.ranks import OneProcess
 from openmoe.train.step import micro_batches, train_step
 
 ROUNDS = 3
@@ -76,7 +77,15 @@ class Case:
         start = time.perf_counter()
         batch = next(self.loader)
         micro = micro_batches(batch.arrays, -1, torch.device("cpu"), longest_segment(self.config))
-        train_step(self.model, self.optimizer, micro, batch.loss_tokens, 0.01, self.config.train)
+        train_step(
+            self.model,
+            self.optimizer,
+            micro,
+            batch.loss_tokens,
+            0.01,
+            self.config.train,
+            OneProcess(self.model),
+        )
         self.seconds.append(time.perf_counter() - start)
 
 

@@ -22,8 +22,8 @@ from openmoe.launcher.schema import Config
 from openmoe.model.accounting import count_flops
 from openmoe.optim.build import build_optimizer
 from openmoe.optim.schedules import learning_rate
-from openmoe.parallel.build import DTYPES, build_decoder
-from openmoe.parallel.topology import check_fit, resolve
+from openmoe.parallel.build import DTYPES, build
+from openmoe.parallel.topology import Topology, check_fit, resolve
 from openmoe.train.loop import Run, fit
 from openmoe.train.metrics import JsonlWriter, WandbWriter
 from openmoe.train.progress import Progress
@@ -38,7 +38,7 @@ def main() -> None:
 
 def train(config: Config) -> None:
     """One run from its configuration to its last checkpoint."""
-    device = pick_device(config)
+    device, topology = pick_device(config)
     total_steps = count_steps(config)
     run_dir = Path(config.run.dir)
     resume_from = resume_point(config.checkpoint.resume, run_dir)
@@ -47,8 +47,10 @@ def train(config: Config) -> None:
     held_back = _held_back(config, loader, device)
 
     torch.manual_seed(config.run.seed)
-    model = build_decoder(config.model, config.train.precision, device, config.run.seed)
-    optimizer = build_optimizer(config.optim, model.named_parameters())
+    model, ranks = build(
+        config.model, config.parallel, topology, config.train.precision, device, config.run.seed
+    )
+    optimizer = build_optimizer(config.optim, ranks.named_parameters(), ranks.shards)
     step = tokens_seen = 0
     counters, wandb_run_id = {"nonpad_tokens": 0, "loss_tokens": 0}, None
     if resume_from is not None:
@@ -98,6 +100,7 @@ def train(config: Config) -> None:
             wandb=wandb,
             progress=Progress(total_steps, config.logging.every_steps),
             device=device,
+            ranks=ranks,
             longest_segment=longest_segment(config),
             step=step,
             tokens_seen=tokens_seen,
@@ -107,7 +110,7 @@ def train(config: Config) -> None:
         _fit_and_close(run, run_dir)
 
 
-def pick_device(config: Config) -> torch.device:
+def pick_device(config: Config) -> tuple[torch.device, Topology]:
     """The device of this process; checks that this build can run the asked layout."""
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or int(text) < 1:
@@ -123,7 +126,7 @@ def pick_device(config: Config) -> torch.device:
     if config.run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device=cuda: no CUDA device here; allowed auto or cpu")
     use_cuda = config.run.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if use_cuda else "cpu")
+    return torch.device("cuda" if use_cuda else "cpu"), topology
 
 
 def count_steps(config: Config) -> int:

@@ -22,28 +22,34 @@ class TokenDispatcher(Protocol):
 
 
 @dataclass(frozen=True)
-class SortedChoices:
-    """The choices of all tokens in the order of their experts; dropped ones form a tail behind the last."""
+class Choices:
+    """Which token each place of a buffer takes, and where the choices of each token came to lie."""
 
-    token: Tensor  # [choices] int64, the flattened token of each place
-    place: Tensor  # [G * T, k] int64, the place of each choice
+    token: Tensor  # [places] int64, index into the flattened tokens
+    place: Tensor  # [G * T, k] int64, any place for a choice that is not kept
     kept: Tensor  # [G * T, k] bool
-    ends: Tensor  # [E] int32, first place behind each expert
+
+    def first(self, places: int) -> "Choices":
+        """The first places only; all kept choices must lie in them."""
+        return Choices(self.token[:places], self.place.clamp(max=max(0, places - 1)), self.kept)
 
     def take(self, x: Tensor) -> Tensor:
-        """x `[G, T, d_model]` -> a row for each place `[choices, d_model]`."""
+        """x `[G, T, d_model]` -> `[places, d_model]`."""
         return _Gather.apply(x.flatten(0, 1), self.token, self.place, self.kept)
 
     def combine(self, out: Tensor, gate: Tensor) -> Tensor:
-        """Rows by place `[choices, d_model]`, gate `[G, T, k]` -> their weighted sums `[G, T, d_model]`."""
+        """`[places, d_model]`, gate `[G, T, k]` -> the weighted sums over kept choices `[G, T, d_model]`."""
+        if not len(out):  # nothing was kept: a row to point at, and still a part of the graph
+            out = F.pad(out, (0, 0, 0, 1))
         by_choice = out.index_select(0, self.place.flatten()).unflatten(0, self.place.shape)
-        # Weighted in the router's precision. Tail rows are undefined: select, never multiply by zero.
+        # Weighted in the router's precision. Unused rows are undefined: select, never multiply by zero.
         y = torch.where(self.kept[..., None], by_choice.to(gate.dtype), 0) * gate.view(-1, gate.shape[-1], 1)
         return y.sum(1).to(out.dtype).unflatten(0, gate.shape[:2])
 
 
-def sort_choices(routing: Routing) -> SortedChoices:
-    """By expert, within an expert by token. On a CPU the tail is left out but for one row."""
+def sort_choices(routing: Routing) -> tuple[Choices, Tensor]:
+    """Places by expert, then token, dropped choices behind the last expert; and int32 `[E]`, where each
+    expert's places end. On a CPU dropped choices get no place."""
     num_experts, k = routing.logits.shape[-1], routing.expert_index.shape[-1]
     kept = routing.kept.reshape(-1, k)
     expert = torch.where(kept, routing.expert_index.reshape(-1, k), num_experts).flatten()
@@ -52,15 +58,14 @@ def sort_choices(routing: Routing) -> SortedChoices:
     place[order] = torch.arange(order.numel(), device=order.device)
     edges = torch.arange(num_experts, device=order.device)
     ends = torch.searchsorted(expert[order], edges, right=True).to(torch.int32)
-    if order.device.type == "cpu":  # reading `ends` costs nothing here; on a GPU it would be a host sync
-        order = order[: max(1, int(ends[-1]))]
-        place = place.clamp(max=len(order) - 1)
-    return SortedChoices(order // k, place.view(-1, k), kept, ends)
+    choices = Choices(order // k, place.view(-1, k), kept)
+    # Reading `ends` costs nothing on a CPU; on a GPU the tail stays: no host sync.
+    return (choices.first(int(ends[-1])) if order.device.type == "cpu" else choices), ends
 
 
 def sort_dispatch(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    choices = sort_choices(routing)
-    return choices.combine(experts(choices.take(x), choices.ends), routing.gate)
+    choices, ends = sort_choices(routing)
+    return choices.combine(experts(choices.take(x), ends), routing.gate)
 
 
 class _Gather(torch.autograd.Function):
@@ -74,6 +79,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         place, kept = ctx.saved_tensors
+        if not len(grad):
+            return grad.new_zeros(len(place), grad.shape[1]), None, None, None
         by_choice = grad.index_select(0, place.flatten()).view(*place.shape, -1)
         return torch.where(kept[..., None], by_choice, 0).sum(1), None, None, None
 

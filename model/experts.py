@@ -43,9 +43,8 @@ class Experts(nn.Module):
     def batched(self, x: Tensor) -> Tensor:
         """Fixed buffers: x `[E, slots, d_model]`."""
         wi_0, wi_1, wo = self._weights(x.dtype)
-        h_0 = torch.einsum("esd,efd->esf", x, wi_0).unflatten(-1, (-1, wi_1.shape[1]))
-        h_1 = torch.einsum("esd,efd->esf", x, wi_1)
-        return torch.einsum("esf,edf->esd", gate(h_0, h_1), wo)
+        h_0 = x.bmm(wi_0.transpose(1, 2)).unflatten(-1, (-1, wi_1.shape[1]))
+        return gate(h_0, x.bmm(wi_1.transpose(1, 2))).bmm(wo.transpose(1, 2))
 
 
 def _has_grouped_gemm(x: Tensor, weight: Tensor) -> bool:

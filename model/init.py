@@ -5,6 +5,7 @@ whatever the layout, without anyone generating the rest.
 """
 
 import hashlib
+import itertools
 import math
 
 import numpy as np
@@ -15,6 +16,7 @@ from openmoe.model.config import ModelConfig
 
 # JAX's truncated normal is cut at two standard deviations and stretched back to the asked deviation.
 TRUNCATED_STD = 0.87962566103423978
+BLOCK_ELEMENTS = 1 << 22  # generated at a time, in float64
 
 
 def initialiser(config: ModelConfig, name: str) -> tuple[str, float]:
@@ -58,10 +60,39 @@ def initial_values(config: ModelConfig, seed: int, name: str, start: int, count:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, config: ModelConfig, seed: int, block_elements: int = 1 << 22) -> None:
-    """Fill every parameter of `model` in place, block by block: no second copy of a large tensor."""
+def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fill every parameter of `model` in place."""
     for name, parameter in model.named_parameters():
-        flat = parameter.view(-1)
-        for start in range(0, flat.numel(), block_elements):
-            count = min(block_elements, flat.numel() - start)
-            flat[start : start + count] = initial_values(config, seed, name, start, count).to(flat.dtype)
+        whole = tuple(slice(0, size) for size in parameter.shape)
+        fill(parameter.detach(), config, seed, name, tuple(parameter.shape), whole)
+
+
+def fill(
+    part: Tensor,
+    config: ModelConfig,
+    seed: int,
+    name: str,
+    shape: tuple[int, ...],
+    slices: tuple[slice, ...],
+) -> None:
+    """Initial values of a part of parameter `name` of global `shape`, in place and block by block: no second
+    copy of a large tensor. `part` is contiguous and has the shape of `slices`, one for each dimension."""
+    cut = [dim for dim, (size, piece) in enumerate(zip(shape, slices, strict=True)) if _length(piece) < size]
+    inner = max(cut, default=0)  # behind it all is whole, so its pieces are contiguous runs of the parameter
+    below = math.prod(shape[inner + 1 :])
+    run = _length(slices[inner]) * below
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(inner)]
+    outer = itertools.product(*(range(piece.start, piece.stop) for piece in slices[:inner]))
+    if not part.numel():
+        return
+    for values, index in zip(part.view(-1, run), outer, strict=True):
+        first = sum(i * stride for i, stride in zip(index, strides, strict=True))
+        first += slices[inner].start * below
+        for start in range(0, run, BLOCK_ELEMENTS):
+            count = min(BLOCK_ELEMENTS, run - start)
+            block = initial_values(config, seed, name, first + start, count)
+            values[start : start + count] = block.to(values.dtype)
+
+
+def _length(piece: slice) -> int:
+    return int(piece.stop - piece.start)

@@ -1,10 +1,21 @@
-"""From a config to a model on its device."""
+"""From a config to a model on its device, whole or this rank's part of it."""
 
 import torch
+import torch.distributed as dist
 
 from openmoe.model.config import ModelConfig
 from openmoe.model.decoder import Decoder
+from openmoe.model.dispatch import DISPATCHERS, TokenDispatcher
 from openmoe.model.init import initialise
+from openmoe.model.tensor_ranks import ONE_RANK
+from openmoe.parallel.collectives import Group, Observer, TensorGroup
+from openmoe.parallel.config import ParallelConfig
+from openmoe.parallel.expert_dispatch import fixed_dispatch, uneven_dispatch
+from openmoe.parallel.meshes import build_meshes
+from openmoe.parallel.parallelize import Sharding, parallelize, prepare_blocks
+from openmoe.parallel.placement import parameter_layouts
+from openmoe.parallel.ranks import OneProcess, Ranks, ShardedRanks
+from openmoe.parallel.topology import Topology, TopologyError
 
 # precision -> (dtype of parameters and optimizer state, dtype of activations)
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
@@ -14,11 +25,77 @@ DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
 }
 
 
+def build(
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    topology: Topology,
+    precision: str,
+    device: torch.device,
+    seed: int,
+    observe: Observer = lambda group, kind, size_bytes: None,
+) -> tuple[Decoder, Ranks]:
+    """The model with its initial values, and what training needs of the other processes.
+
+    With a process group each rank builds its own part, also where there is but one rank; without one the
+    model is whole. Nothing is materialised before its final place is known.
+    """
+    if not dist.is_initialized():
+        model = build_decoder(config, precision, device, seed)
+        prepare_blocks(model, parallel.recompute, parallel.compile)
+        return model, OneProcess(model)
+    parameter_dtype, compute_dtype = DTYPES[precision]
+    meshes = build_meshes(topology, device.type)
+    groups = {name: Group(name, group, observe) for name, group in meshes.groups.items()}
+    with torch.device("meta"):
+        model = Decoder(
+            config,
+            dispatcher=choose_dispatcher(config, parallel, groups["expert"], topology),
+            compute_dtype=compute_dtype,
+            ranks=TensorGroup(groups["tensor"]) if topology.tensor > 1 else ONE_RANK,
+        )
+    model = model.to(parameter_dtype)
+    layouts = parameter_layouts(model, topology)
+    parallelize(
+        model,
+        Sharding(topology, meshes, layouts, compute_dtype, parameter_dtype, observe),
+        rank=dist.get_rank(),
+        seed=seed,
+        device=device,
+        recompute=parallel.recompute,
+        compile_modules=parallel.compile,
+    )
+    return model, ShardedRanks(model, topology, groups, layouts)
+
+
 def build_decoder(config: ModelConfig, precision: str, device: torch.device, seed: int) -> Decoder:
-    """A Decoder with its initial values; nothing is materialised before its final place is known."""
+    """A whole Decoder with its initial values."""
     parameter_dtype, compute_dtype = DTYPES[precision]
     with torch.device("meta"):
         model = Decoder(config, compute_dtype=compute_dtype)
     model = model.to(parameter_dtype).to_empty(device=device)
     initialise(model, config, seed)
     return model
+
+
+def choose_dispatcher(
+    config: ModelConfig, parallel: ParallelConfig, expert: Group, topology: Topology
+) -> TokenDispatcher:
+    """How tokens reach their experts under a layout.
+
+    Raises TopologyError where the asked exchange or dispatch is not possible.
+    """
+    if topology.expert == 1:
+        return DISPATCHERS[config.dispatch]
+    if config.dispatch != "sort":
+        raise TopologyError(
+            f"model.dispatch={config.dispatch}: allowed sort with parallel.expert={topology.expert}"
+        )
+    fixed_is_possible = topology.tensor == 1 and not config.dropless
+    if parallel.exchange == "fixed" and not fixed_is_possible:
+        raise TopologyError(
+            f"parallel.exchange=fixed: allowed with parallel.tensor=1 (is {topology.tensor}) and "
+            f"model.dropless=false (is {str(config.dropless).lower()})"
+        )
+    if parallel.exchange == "uneven" or not fixed_is_possible:
+        return uneven_dispatch(expert)
+    return fixed_dispatch(expert)

@@ -13,6 +13,12 @@ class ParallelConfig(BaseModel, strict=True, extra="forbid", frozen=True, allow_
     shard: int = Field(-1, ge=-1)  # ranks that share one copy by rows of data; -1 fills
     tensor: int = Field(1, ge=1)  # ranks that share each row
     expert: int = Field(1, ge=1)  # ranks among which the experts are spread
+    # Between the ranks of an expert group: fixed sends all slots, uneven only the kept rows. auto: fixed
+    # where whole routing groups with a capacity lie on each rank (tensor=1, not dropless).
+    exchange: Literal["auto", "fixed", "uneven"] = "auto"
+    # What a backward pass computes again: nothing, all but matrix products and attention, or all of a block.
+    recompute: Literal["none", "selective", "full"] = "none"
+    compile: bool = False  # attention, FFN and norms through torch.compile
     zero_stage: int = Field(0, ge=0, le=3)  # DeepSpeed only
 
     @model_validator(mode="after")

@@ -1,22 +1,26 @@
 """The process groups of a run in torch, as the tables of `topology` have them."""
 
+import math
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from openmoe.parallel.topology import GROUP_NAMES, GroupName, Topology, TopologyError
 
-DENSE_AXES: tuple[GroupName, ...] = ("replicate", "shard", "tensor")
-EXPERT_AXES: tuple[GroupName, ...] = ("replicate", "expert_shard", "expert")
+# The axes of a mesh in the order in which they cut a parameter: first the slice that modules compute with,
+# then its shards. Ranks are counted the other way round (topology: tensor and expert are the innermost).
+DENSE_AXES: tuple[GroupName, ...] = ("replicate", "tensor", "shard")
+EXPERT_AXES: tuple[GroupName, ...] = ("replicate", "expert", "expert_shard")
 
 
 @dataclass(frozen=True)
 class Meshes:
     """Both grids as DeviceMeshes, named by their axes, and a process group of this rank for each name."""
 
-    dense: DeviceMesh  # axes replicate, shard, tensor
-    expert: DeviceMesh  # axes replicate, expert_shard, expert
+    dense: DeviceMesh  # DENSE_AXES
+    expert: DeviceMesh  # EXPERT_AXES
     groups: dict[GroupName, dist.ProcessGroup]
 
 
@@ -33,8 +37,8 @@ def build_meshes(topology: Topology, device_type: str) -> Meshes:
             f"a layout of {topology.world_size} ranks in a process group of {dist.get_world_size()}: "
             f"allowed the same number"
         )
-    dense = init_device_mesh(device_type, topology.dense_shape, mesh_dim_names=DENSE_AXES)
-    expert = init_device_mesh(device_type, topology.expert_shape, mesh_dim_names=EXPERT_AXES)
+    dense = _mesh(device_type, topology.dense_shape, DENSE_AXES)
+    expert = _mesh(device_type, topology.expert_shape, EXPERT_AXES)
     world = dist.group.WORLD
     assert world is not None, "get_world_size has found it"
     groups: dict[GroupName, dist.ProcessGroup] = {"world": world}
@@ -45,6 +49,11 @@ def build_meshes(topology: Topology, device_type: str) -> Meshes:
     groups["loss"] = groups["data"]
     _compare_with_tables(topology, groups)
     return Meshes(dense, expert, groups)
+
+
+def _mesh(device_type: str, shape: tuple[int, int, int], axes: tuple[GroupName, ...]) -> DeviceMesh:
+    ranks = torch.arange(math.prod(shape)).view(shape).transpose(1, 2)
+    return DeviceMesh(device_type, ranks, mesh_dim_names=axes)
 
 
 def _group_of_axes(

@@ -10,6 +10,7 @@ import torch
 
 from openmoe.data.loader import Loader, StepBatch
 from openmoe.model.decoder import Decoder
+from openmoe.parallel.ranks import Ranks
 from openmoe.train.config import TrainConfig
 from openmoe.train.metrics import JsonlWriter, WandbWriter
 from openmoe.train.progress import Progress
@@ -41,6 +42,7 @@ class Run:
     wandb: WandbWriter
     progress: Progress
     device: torch.device
+    ranks: Ranks
     longest_segment: int | None = (
         None  # positions an example may take where rows hold many; see micro_batches
     )
@@ -64,8 +66,8 @@ def fit(run: Run, stop: StopSignals) -> str | None:
             run.model.freeze_routers()
         rate = run.learning_rate(run.step)
         micro = micro_batches(batch.arrays, run.config.micro_batch_rows, run.device, run.longest_segment)
-        result = train_step(run.model, run.optimizer, micro, batch.loss_tokens, rate, run.config)
-        metrics = step_metrics(result, moe_layers)
+        result = train_step(run.model, run.optimizer, micro, batch.loss_tokens, rate, run.config, run.ranks)
+        metrics = step_metrics(result, moe_layers, run.ranks)
         seconds = time.perf_counter() - start
         run.step += 1
         run.tokens_before, run.tokens_seen = run.tokens_seen, run.tokens_seen + batch.positions

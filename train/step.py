@@ -1,6 +1,6 @@
 """One update: micro-batches -> loss -> gradients -> optimizer. Nothing here waits for the device."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from openmoe.model.decoder import Decoder
 from openmoe.model.router import RouterStatistics
 from openmoe.model.segments import SegmentTiles, tile_index
 from openmoe.optim.build import set_learning_rate
+from openmoe.parallel.ranks import Ranks
 from openmoe.train.config import TrainConfig
 
 
@@ -112,7 +113,10 @@ def loss_sums(model: Decoder, micro: MicroBatch) -> LossSums:
 
 @dataclass
 class StepResult:
-    """Device tensors of one update; `metrics.step_metrics` turns them into numbers."""
+    """Device tensors of one update; `record.step_metrics` turns them into numbers.
+
+    All but `grad_norm` are this rank's terms of sums over the ranks.
+    """
 
     loss: Tensor  # weighted total before the update
     lm_loss: Tensor
@@ -132,24 +136,27 @@ def train_step(
     global_loss_tokens: float,
     learning_rate: float,
     config: TrainConfig,
+    ranks: Ranks,
 ) -> StepResult:
     """Accumulate gradients over the micro-batches and update once.
 
     Args:
-        micro: blocks of equal shape, so each has the same number of routing groups.
-        global_loss_tokens: loss weights of the whole batch, the divisor under `global_tokens`.
+        micro: this rank's blocks of equal shape, as many on every rank, so each has the same number of
+            routing groups.
+        global_loss_tokens: loss weights of the batch of all ranks, the divisor under `global_tokens`.
     """
     model.train()
     total: dict[str, Tensor] = {}
     router = []
-    for block in micro:
+    for i, block in enumerate(micro):
+        ranks.begin_micro_batch(last=i == len(micro) - 1)
         sums = loss_sums(model, block)
         weight: Tensor | float = max(1.0, global_loss_tokens)
         blocks = len(micro)
         if config.loss_normalization == "per_microbatch":
             # Each block stands for itself and the sum is taken, not the mean (facts 2.5).
-            weight, blocks = sums.weight.clamp(min=1), 1
-        groups = max(1, sum(s.num_groups for s in sums.router)) * blocks
+            weight, blocks = _over_ranks(sums.weight, ranks).clamp(min=1), 1
+        groups = max(1, sum(s.num_groups for s in sums.router)) * blocks * ranks.data_size
         parts = {
             "lm_loss": sums.lm / weight,
             "z_loss": sums.z / weight,
@@ -157,17 +164,27 @@ def train_step(
             / groups,
             "router_z_loss": sum((s.router_z_sum for s in sums.router), sums.lm.new_zeros(())) / groups,
         }
-        loss = weighted(parts, config)
-        loss.backward()
-        parts |= {"loss": loss, "correct": sums.correct, "loss_tokens": sums.weight}
+        weighted(parts, config).backward()
+        parts = {name: part.detach() for name, part in parts.items()}
+        parts |= {"correct": sums.correct, "loss_tokens": sums.weight}
+        if not ranks.counts_loss:  # these rows' tokens are another rank's to count; routed tokens are its own
+            for name in ("lm_loss", "z_loss", "correct", "loss_tokens"):
+                parts[name] = torch.zeros_like(parts[name])
+        parts["loss"] = weighted(parts, config)
         for name, value in parts.items():
-            total[name] = total.get(name, 0) + value.detach()
+            total[name] = total.get(name, 0) + value
         router.append(sums.router)
-    grad_norm = torch.nn.utils.get_total_norm(_gradients(model.parameters()))
+    grad_norm = ranks.finish_gradients()
     set_learning_rate(optimizer, learning_rate)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    ranks.clear_gradients()
     return StepResult(grad_norm=grad_norm, router=router, **total)
+
+
+def _over_ranks(weight: Tensor, ranks: Ranks) -> Tensor:
+    total = weight * ranks.counts_loss
+    ranks.sum_(total)
+    return total
 
 
 def weighted(parts: dict[str, Tensor], config: TrainConfig) -> Tensor:
@@ -179,7 +196,3 @@ def weighted(parts: dict[str, Tensor], config: TrainConfig) -> Tensor:
         + config.load_balancing_weight * parts["load_balancing_loss"]
         + config.router_z_loss_weight * parts["router_z_loss"]
     )
-
-
-def _gradients(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]:
-    return [p.grad for p in parameters if p.grad is not None]

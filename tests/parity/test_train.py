@@ -7,6 +7,7 @@ import torch
 from openmoe.optim.build import build_optimizer
 from openmoe.optim.config import AdafactorConfig
 from openmoe.optim.schedules import learning_rate
+from openmoe.parallel.ranks import OneProcess
 from openmoe.train.config import TrainConfig
 from openmoe.train.step import micro_batches, train_step
 
@@ -53,7 +54,8 @@ def test_trajectory(path):
         size = rows // (case.meta.get("microbatches") or 1)
         lr = learning_rate(optim.schedule, entry["step"])
         assert lr == pytest.approx(entry["lr"], rel=1e-7)
-        result = train_step(model, optimizer, micro_batches(arrays, size, torch.device("cpu")), 0, lr, config)
+        micro = micro_batches(arrays, size, torch.device("cpu"))
+        result = train_step(model, optimizer, micro, 0, lr, config, OneProcess(model))
         assert result.loss.item() == pytest.approx(entry["total_loss"], abs=5e-6), entry["step"]
         if "metric:experts/fraction_tokens_left_behind" in entry:
             layers = [s for block in result.router for s in block]

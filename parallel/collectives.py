@@ -1,0 +1,188 @@
+"""Collectives with a name: everything that ranks send each other, our own and FSDP's, passes here.
+
+Before each one an observer is told the group, the kind and the size: the watchdog reports a hang by it, the
+accounting counts by it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from openmoe.parallel.topology import GroupName
+
+# torch 2.13 has new names for two of them.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+# (group, kind, bytes that one rank holds of the larger side) before each collective.
+Observer = Callable[[GroupName, str, int], None]
+
+
+class Group:
+    """A process group of this rank; tensors are contiguous and of equal shape on all its ranks."""
+
+    def __init__(self, name: GroupName, group: dist.ProcessGroup, observe: Observer) -> None:
+        self.name = name
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self.observe = observe
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """`[...]` -> `[size, ...]`, by rank."""
+        x = x.contiguous()
+        out = x.new_empty(self.size, *x.shape)
+        self.observe(self.name, "all_gather", out.nbytes)
+        _all_gather(out.view(-1), x.view(-1), self.group)
+        return out
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """`[size, ...]` -> `[...]`: the sum over the ranks of what they have for this one."""
+        x = x.contiguous()
+        out = torch.empty_like(x[0])
+        self.observe(self.name, "reduce_scatter", x.nbytes)
+        _reduce_scatter(out.view(-1), x.view(-1), dist.ReduceOp.SUM, self.group)
+        return out
+
+    def all_to_all(
+        self, x: Tensor, send: Sequence[int] | None = None, receive: Sequence[int] | None = None
+    ) -> Tensor:
+        """Rows of x go to the ranks in order, `send[i]` of them to rank i; None = equal shares."""
+        x = x.contiguous()  # first: empty_like keeps the strides
+        out = torch.empty_like(x) if receive is None else x.new_empty(sum(receive), *x.shape[1:])
+        self.observe(self.name, "all_to_all", max(x.nbytes, out.nbytes))
+        dist.all_to_all_single(out, x, receive, send, self.group)
+        return out
+
+    def sum_(self, x: Tensor) -> None:
+        self.observe(self.name, "all_reduce", x.nbytes)
+        dist.all_reduce(x, dist.ReduceOp.SUM, self.group)
+
+    def max_(self, x: Tensor) -> None:
+        self.observe(self.name, "all_reduce", x.nbytes)
+        dist.all_reduce(x, dist.ReduceOp.MAX, self.group)
+
+
+def sum_flat(group: Group, tensors: Sequence[Tensor]) -> None:
+    """Sums each tensor over the group in place, all in one collective; they are of one dtype."""
+    if not tensors or group.size == 1:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    group.sum_(flat)
+    for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(summed.view_as(tensor))
+
+
+class TensorGroup:
+    """`model.tensor_ranks.TensorRanks` over a process group: sequence slices in rank order."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.rank = group.rank
+        self.size = group.size
+
+    def gather_sequence(self, x: Tensor) -> Tensor:
+        return _GatherSequence.apply(x, self.group)
+
+    def scatter_sequence(self, x: Tensor) -> Tensor:
+        return _ScatterSequence.apply(x, self.group)
+
+    def own_slice(self, x: Tensor) -> Tensor:
+        return x.chunk(self.size, 1)[self.rank]
+
+    def stack(self, x: Tensor) -> Tensor:
+        return self.group.all_gather(x.detach())
+
+
+def _gather(x: Tensor, group: Group) -> Tensor:
+    """`[rows, seq / size, ...]` -> `[rows, seq, ...]`."""
+    return group.all_gather(x).transpose(0, 1).flatten(1, 2)
+
+
+def _scatter(x: Tensor, group: Group) -> Tensor:
+    """`[rows, seq, ...]` -> `[rows, seq / size, ...]` of the sum."""
+    return group.reduce_scatter(x.unflatten(1, (group.size, -1)).transpose(0, 1).contiguous())
+
+
+class _GatherSequence(torch.autograd.Function):
+    """Each rank went on with the whole sequence, so a slice's gradient is the sum over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _scatter(grad, ctx.group), None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    """Each rank's partial sums went into every slice, so their gradient is the whole sequence's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _scatter(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gather(grad, ctx.group), None
+
+
+def all_to_all(
+    x: Tensor, group: Group, send: Sequence[int] | None = None, receive: Sequence[int] | None = None
+) -> Tensor:
+    """`Group.all_to_all`, differentiable."""
+    return _AllToAll.apply(x, group, send, receive)
+
+
+class _AllToAll(torch.autograd.Function):
+    """Gradients travel back the way the rows came."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, group: Group, send: Sequence[int] | None, receive: Sequence[int] | None
+    ) -> Tensor:
+        ctx.way = (group, send, receive)
+        return group.all_to_all(x, send, receive)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        group, send, receive = ctx.way
+        return group.all_to_all(grad, receive, send), None, None, None
+
+
+class FsdpCollective:
+    """What FSDP calls in place of its own all-gather and reduce-scatter, so that these are observed too."""
+
+    def __init__(self, name: GroupName, observe: Observer) -> None:
+        self.name = name
+        self.observe = observe
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class ObservedAllGather(FsdpCollective):
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        self.observe(self.name, "all_gather", output_tensor.nbytes)
+        return _all_gather(output_tensor, input_tensor, group, async_op)
+
+
+class ObservedReduceScatter(FsdpCollective):
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        self.observe(self.name, "reduce_scatter", input_tensor.nbytes)
+        return _reduce_scatter(output_tensor, input_tensor, op, group, async_op)

@@ -1,0 +1,176 @@
+"""What training needs of the other processes: which rows are its own, sums, and complete gradients."""
+
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from openmoe.parallel.collectives import Group, sum_flat
+from openmoe.parallel.parallelize import local_shard
+from openmoe.parallel.placement import ParameterLayout
+from openmoe.parallel.topology import GroupName, Topology
+
+SHARING_GROUPS: tuple[GroupName, ...] = ("tensor", "shard", "expert", "expert_shard")
+
+
+class Ranks(Protocol):
+    """The processes of a run, seen from one of them."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def data_rank(self) -> int:
+        """Ranks with the same number read the same rows."""
+
+    @property
+    def data_size(self) -> int: ...
+
+    @property
+    def counts_loss(self) -> bool:
+        """Ranks that read the same rows all have the losses of these; one of them counts."""
+
+    @property
+    def shards(self) -> "ParameterShards | None":
+        """How parameters are shared; None where each is whole."""
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """What the optimizer updates: this process's part of each parameter, under its logical name."""
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Before each forward pass; `last` of the step."""
+
+    def finish_gradients(self) -> Tensor:
+        """After the last backward pass: makes the gradients of `named_parameters` complete.
+
+        Returns their global norm, a scalar on the device.
+        """
+
+    def clear_gradients(self) -> None: ...
+
+    def sum_(self, x: Tensor) -> None:
+        """In place over all processes."""
+
+    def max_(self, x: Tensor) -> None: ...
+
+
+class OneProcess:
+    """A run of one process without process groups."""
+
+    rank, world_size = 0, 1
+    data_rank, data_size = 0, 1
+    counts_loss = True
+    shards = None
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self.model.named_parameters())
+
+    def begin_micro_batch(self, last: bool) -> None:
+        pass
+
+    def finish_gradients(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+
+    def clear_gradients(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+    def sum_(self, x: Tensor) -> None:
+        pass
+
+    def max_(self, x: Tensor) -> None:
+        pass
+
+
+class ShardedRanks:
+    """A run of several processes over a model that `parallelize` has shared out."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        topology: Topology,
+        groups: dict[GroupName, Group],
+        layouts: dict[str, ParameterLayout],
+    ) -> None:
+        world = groups["world"]
+        self.rank, self.world_size = world.rank, world.size
+        self.data_rank = topology.coordinate("data", self.rank)
+        self.data_size = topology.size("data")
+        self.counts_loss = topology.coordinate("tensor", self.rank) == 0
+        self.topology = topology
+        self.layouts = layouts
+        self.shards = ParameterShards(layouts, groups)
+        self._model = model
+        self._groups = groups
+        # FSDP's own parameters are DTensors over the shards alone, whose shapes mean nothing to an optimizer.
+        # These share their memory.
+        self._local = [
+            (name, nn.Parameter(local_shard(parameter), parameter.requires_grad), parameter)
+            for name, parameter in model.named_parameters()
+        ]
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, local) for name, local, _ in self._local]
+
+    def begin_micro_batch(self, last: bool) -> None:
+        # Copies of the model need one sum a step; until then each adds up its own.
+        cast(FSDPModule, self._model).set_requires_all_reduce(last)
+
+    def finish_gradients(self) -> Tensor:
+        for _, local, sharded in self._local:
+            local.grad = None if sharded.grad is None else local_shard(sharded.grad)
+        present = [
+            (self.layouts[name], local.grad) for name, local, _ in self._local if local.grad is not None
+        ]
+        sum_flat(self._groups["tensor"], [grad for layout, grad in present if layout.partial_over_tensor])
+        total = self._local_squares(present)
+        self.sum_(total)
+        return total.sqrt()
+
+    def _local_squares(self, present: Sequence[tuple[ParameterLayout, Tensor]]) -> Tensor:
+        """This rank's term of the sum of squares over the whole model, each element counted once."""
+        first_copy = self.topology.coordinate("replicate", self.rank) == 0
+        counted = [
+            grad
+            for layout, grad in present
+            if first_copy and (not layout.partial_over_tensor or self.counts_loss) and grad.numel()
+        ]
+        if counted:
+            return torch.nn.utils.get_total_norm(counted).square()
+        return next(local for _, local, _ in self._local).new_zeros(())
+
+    def clear_gradients(self) -> None:
+        for _, local, sharded in self._local:
+            local.grad = sharded.grad = None
+
+    def sum_(self, x: Tensor) -> None:
+        self._groups["world"].sum_(x)
+
+    def max_(self, x: Tensor) -> None:
+        self._groups["world"].max_(x)
+
+
+class ParameterShards:
+    """`optim.shards.Shards`: which part of each parameter is here, and sums over those with the rest."""
+
+    def __init__(self, layouts: dict[str, ParameterLayout], groups: dict[GroupName, Group]) -> None:
+        self._layouts = layouts
+        self._groups = groups
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._layouts[name].shape
+
+    def splits(self, name: str) -> tuple[tuple[str, ...], ...]:
+        return self._layouts[name].splits
+
+    def sum_(self, parts: Sequence[tuple[Tensor, frozenset[str]]]) -> None:
+        """One collective for each group that is named: a sum over two of them is made one after the other."""
+        for name in SHARING_GROUPS:
+            sum_flat(self._groups[name], [tensor for tensor, groups in parts if name in groups])
