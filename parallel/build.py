@@ -1,5 +1,7 @@
 """From a config to a model on its device, whole or this rank's part of it."""
 
+from typing import Literal
+
 import torch
 import torch.distributed as dist
 
@@ -49,7 +51,7 @@ def build(
     with torch.device("meta"):
         model = Decoder(
             config,
-            dispatcher=choose_dispatcher(config, parallel, groups["expert"], topology),
+            dispatcher=choose_dispatcher(config, parallel, topology, groups["expert"]),
             compute_dtype=compute_dtype,
             ranks=TensorGroup(groups["tensor"]) if topology.tensor > 1 else ONE_RANK,
         )
@@ -64,7 +66,7 @@ def build(
         recompute=parallel.recompute,
         compile_modules=parallel.compile,
     )
-    return model, ShardedRanks(model, topology, groups, layouts)
+    return model, ShardedRanks(model, topology, groups, layouts, meshes)
 
 
 def build_decoder(config: ModelConfig, precision: str, device: torch.device, seed: int) -> Decoder:
@@ -78,24 +80,34 @@ def build_decoder(config: ModelConfig, precision: str, device: torch.device, see
 
 
 def choose_dispatcher(
-    config: ModelConfig, parallel: ParallelConfig, expert: Group, topology: Topology
+    config: ModelConfig, parallel: ParallelConfig, topology: Topology, expert: Group
 ) -> TokenDispatcher:
-    """How tokens reach their experts under a layout.
+    """How tokens reach their experts under a layout."""
+    match exchange_of(config, parallel, topology):
+        case "fixed":
+            return fixed_dispatch(expert)
+        case "uneven":
+            return uneven_dispatch(expert)
+    return DISPATCHERS[config.dispatch]
 
-    Raises TopologyError where the asked exchange or dispatch is not possible.
+
+def exchange_of(
+    config: ModelConfig, parallel: ParallelConfig, topology: Topology
+) -> Literal["none", "fixed", "uneven"]:
+    """What travels between the ranks of an expert group; fixed shapes wherever they are possible.
+
+    Raises TopologyError where the asked exchange or dispatch is not.
     """
     if topology.expert == 1:
-        return DISPATCHERS[config.dispatch]
+        return "none"
     if config.dispatch != "sort":
         raise TopologyError(
             f"model.dispatch={config.dispatch}: allowed sort with parallel.expert={topology.expert}"
         )
-    fixed_is_possible = topology.tensor == 1 and not config.dropless
-    if parallel.exchange == "fixed" and not fixed_is_possible:
+    whole_groups_with_capacity = topology.tensor == 1 and not config.dropless
+    if parallel.exchange == "fixed" and not whole_groups_with_capacity:
         raise TopologyError(
             f"parallel.exchange=fixed: allowed with parallel.tensor=1 (is {topology.tensor}) and "
             f"model.dropless=false (is {str(config.dropless).lower()})"
         )
-    if parallel.exchange == "uneven" or not fixed_is_possible:
-        return uneven_dispatch(expert)
-    return fixed_dispatch(expert)
+    return "fixed" if whole_groups_with_capacity and parallel.exchange != "uneven" else "uneven"

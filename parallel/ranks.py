@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from openmoe.parallel.collectives import Group, sum_flat
+from openmoe.parallel.global_tensors import as_whole
+from openmoe.parallel.meshes import Meshes
 from openmoe.parallel.parallelize import local_shard
 from openmoe.parallel.placement import ParameterLayout
 from openmoe.parallel.topology import GroupName, Topology
@@ -42,6 +44,10 @@ class Ranks(Protocol):
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """What the optimizer updates: this process's part of each parameter, under its logical name."""
 
+    def as_whole(self, name: str, local: Tensor, dims: Sequence[int]) -> Tensor:
+        """The whole tensor of which `local` is this process's part, sharing its memory: of the parameter
+        `name`, or of a state that keeps its dimensions `dims` (`parallel.global_tensors`)."""
+
     def begin_micro_batch(self, last: bool) -> None:
         """Before each forward pass; `last` of the step."""
 
@@ -73,6 +79,9 @@ class OneProcess:
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return list(self.model.named_parameters())
 
+    def as_whole(self, name: str, local: Tensor, dims: Sequence[int]) -> Tensor:
+        return local
+
     def begin_micro_batch(self, last: bool) -> None:
         pass
 
@@ -98,6 +107,7 @@ class ShardedRanks:
         topology: Topology,
         groups: dict[GroupName, Group],
         layouts: dict[str, ParameterLayout],
+        meshes: Meshes,
     ) -> None:
         world = groups["world"]
         self.rank, self.world_size = world.rank, world.size
@@ -109,6 +119,7 @@ class ShardedRanks:
         self.shards = ParameterShards(layouts, groups)
         self._model = model
         self._groups = groups
+        self._meshes = meshes
         # FSDP's own parameters are DTensors over the shards alone, whose shapes mean nothing to an optimizer.
         # These share their memory.
         self._local = [
@@ -118,6 +129,9 @@ class ShardedRanks:
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, local) for name, local, _ in self._local]
+
+    def as_whole(self, name: str, local: Tensor, dims: Sequence[int]) -> Tensor:
+        return as_whole(local, self.layouts[name], self._meshes, dims)
 
     def begin_micro_batch(self, last: bool) -> None:
         # Copies of the model need one sum a step; until then each adds up its own.
