@@ -1,87 +1,99 @@
-"""Train: `python -m openmoe.launcher.train experiment=NAME [key=value ...]`, or `openmoe-train`."""
+"""Train: `python -m openmoe.launcher.train experiment=NAME [key=value ...]`, or `openmoe-train`; alone or
+under torchrun."""
 
-import os
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from openmoe.checkpoint.manager import CheckpointManager, load_checkpoint
 from openmoe.checkpoint.state import restore_counters, training_tensors
 from openmoe.data.batch_memory import AllocateBytes, ordinary_memory
+from openmoe.data.config import ObjectiveName
 from openmoe.data.curriculum import Curriculum
 from openmoe.data.loader import Loader
+from openmoe.data.packing import empty_batch
 from openmoe.data.plan import Repetition
 from openmoe.data.prepare import PreparedData, prepare
-from openmoe.launcher.entry import run_command, write_config
+from openmoe.launcher.entry import run_joined
 from openmoe.launcher.errors import ConfigError
-from openmoe.launcher.run_folder import belongs_to, resume_point, sole_writer
+from openmoe.launcher.outputs import Outputs, open_outputs
+from openmoe.launcher.processes import ALONE, Processes
+from openmoe.launcher.run_folder import belongs_to, resume_point
 from openmoe.launcher.schema import Config
-from openmoe.model.accounting import count_flops
+from openmoe.model.accounting import count_flops, count_parameters
 from openmoe.optim.build import build_optimizer
 from openmoe.optim.schedules import learning_rate
-from openmoe.parallel.build import DTYPES, build
-from openmoe.parallel.topology import Topology, check_fit, resolve
+from openmoe.parallel.build import DTYPES, build, exchange_of
+from openmoe.parallel.ranks import Ranks
+from openmoe.parallel.topology import GroupName, Topology, check_fit, resolve
 from openmoe.train.loop import Run, fit
-from openmoe.train.metrics import JsonlWriter, WandbWriter
-from openmoe.train.progress import Progress
 from openmoe.train.signals import StopSignals
 from openmoe.train.step import MicroBatch, host_memory, micro_batches
-from openmoe.train.throughput import peak_flops
+from openmoe.train.throughput import PeakFlops, peak_flops
+from openmoe.train.validation import validation_share
+
+NO_PEAK = PeakFlops(1.0, "")  # where nobody reads the utilisation
 
 
 def main() -> None:
-    run_command(train, Config, "config")
+    run_joined(train, "config")
 
 
-def train(config: Config) -> None:
-    """One run from its configuration to its last checkpoint."""
-    device, topology = pick_device(config)
-    total_steps = count_steps(config)
+def train(config: Config, processes: Processes = ALONE) -> None:
+    """One run from its configuration to its last checkpoint; every process of the run calls it."""
+    topology = processes.agree(lambda: lay_out(config, processes.world_size))
+    total_steps = processes.agree(lambda: count_steps(config))
+    device = processes.start(config.run.device)
     run_dir = Path(config.run.dir)
-    resume_from = resume_point(config.checkpoint.resume, run_dir)
-    data = prepare(config.data, config.model.vocab_size, source_names(config))
-    loader = build_loader(config, data, host_memory(device))
-    held_back = _held_back(config, loader, device)
-
-    torch.manual_seed(config.run.seed)
-    model, ranks = build(
-        config.model, config.parallel, topology, config.train.precision, device, config.run.seed
+    resume_from = processes.agree(lambda: resume_point(config.checkpoint.resume, run_dir))
+    data = processes.first_of_node(
+        lambda: prepare(config.data, config.model.vocab_size, source_names(config))
     )
-    optimizer = build_optimizer(config.optim, ranks.named_parameters(), ranks.shards)
-    step = tokens_seen = 0
-    counters, wandb_run_id = {"nonpad_tokens": 0, "loss_tokens": 0}, None
-    if resume_from is not None:
-        tensors = training_tensors(model, optimizer)
-        manifest = load_checkpoint(resume_from, tensors, model_identity(config))
-        step, tokens_seen = manifest.step, manifest.tokens_seen
-        restore_counters(optimizer, tensors, step)
-        loader.load_state_dict(manifest.metadata["data"])
-        counters = manifest.metadata["counters"]
-        if belongs_to(resume_from, run_dir):  # a branch of another run gets a page of its own
-            wandb_run_id = manifest.metadata["wandb_run_id"]
-    repetitions = loader.repetitions(total_steps)
+    processes.require_same({"the checkpoint to go on from": str(resume_from)} | data.fingerprint)
+    rows = topology.rows_of(processes.rank, config.train.global_batch_rows)
+    loader = processes.agree(lambda: build_loader(config, data, host_memory(device), rows))
 
-    # Everything that can be wrong with the input has been found; from here on files are written.
-    with sole_writer(run_dir):
-        if resume_point(config.checkpoint.resume, run_dir) != resume_from:
-            raise ConfigError(f"run.dir={run_dir}: another process has just trained there; start again")
-        checkpoints = CheckpointManager(run_dir, config.checkpoint)
-        checkpoints.set_aside_newer(step)  # before their lines go: a crash in between must leave them some
-        jsonl = JsonlWriter(run_dir / "metrics.jsonl")
-        jsonl.truncate_after(step)
-        write_config(config, run_dir / "config.yaml")
-        wandb = WandbWriter(
-            config.logging.wandb,
-            run_dir,
-            wandb_run_id,
-            config.model_dump(),
-            project=config.logging.project,
-            name=run_dir.name,
+    with ExitStack() as stack:
+        watchdog = stack.enter_context(processes.watchdog(partial(_ranks_of, topology, processes.rank)))
+        torch.manual_seed(config.run.seed)
+        model, ranks = build(
+            config.model, config.parallel, topology, config.train.precision, device, config.run.seed,
+            observe=watchdog.enter,
+        )  # fmt: skip
+        optimizer = build_optimizer(config.optim, ranks.named_parameters(), ranks.shards)
+        held_back = processes.agree(lambda: _held_back(config, loader, device, ranks))
+        step = tokens_seen = 0
+        counters, wandb_run_id = {"nonpad_tokens": 0, "loss_tokens": 0}, None
+        if resume_from is not None:
+            tensors = training_tensors(model, optimizer)
+            with watchdog.pause():
+                manifest = load_checkpoint(resume_from, tensors, model_identity(config))
+            step, tokens_seen = manifest.step, manifest.tokens_seen
+            restore_counters(optimizer, tensors, step)
+            processes.agree(lambda: loader.load_state_dict(manifest.metadata["data"]))
+            counters = manifest.metadata["counters"]
+            if belongs_to(resume_from, run_dir):  # a branch of another run gets a page of its own
+                wandb_run_id = manifest.metadata["wandb_run_id"]
+        repetitions = processes.agree(lambda: loader.repetitions(total_steps))
+
+        # Until all is closed: a second SIGTERM must not undo a good end.
+        stop = stack.enter_context(StopSignals())
+        # Everything that can be wrong with the input has been found; from here on files are written.
+        outputs = processes.agree(
+            lambda: (
+                stack.enter_context(open_outputs(config, resume_from, step, wandb_run_id, total_steps))
+                if processes.rank == 0
+                else None
+            )
         )
-        peak = peak_flops(device, DTYPES[config.train.precision][1])
+        processes.open_log(run_dir, f"{device}, {_place(topology, processes.rank, rows)}")
+        checkpoints = CheckpointManager(run_dir, config.checkpoint)
+        peak = peak_flops(device, DTYPES[config.train.precision][1]) if outputs else NO_PEAK
         flops = count_flops(config.model, longest_segment(config) or config.train.seq_len)
         run = Run(
             config=config.train,
@@ -91,42 +103,36 @@ def train(config: Config) -> None:
             loader=loader,
             held_back=held_back,
             total_steps=total_steps,
-            save=partial(_save, checkpoints, config),
+            save=partial(_save, checkpoints, config, outputs),
             save_due=checkpoints.is_due,
             utilization=lambda positions, loss_tokens, seconds: (
-                flops.of_step(positions, loss_tokens) / seconds / peak.per_second
+                flops.of_step(positions, loss_tokens) / seconds / peak.per_second / topology.world_size
             ),
-            jsonl=jsonl,
-            wandb=wandb,
-            progress=Progress(total_steps, config.logging.every_steps),
+            writers=outputs.writers if outputs else [],
             device=device,
             ranks=ranks,
+            watchdog=watchdog,
             longest_segment=longest_segment(config),
             step=step,
             tokens_seen=tokens_seen,
             counters=counters,
         )
-        _announce(run, config, resume_from, peak.source, repetitions)
-        _fit_and_close(run, run_dir)
+        say = outputs.progress.print if outputs else processes.log.write
+        _announce(say, run, config, topology, resume_from, peak.source, repetitions)
+        _fit(run, stop, say, run_dir)
+        if outputs:
+            outputs.exit_code = 0
 
 
-def pick_device(config: Config) -> tuple[torch.device, Topology]:
-    """The device of this process; checks that this build can run the asked layout."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"WORLD_SIZE={text}: allowed a number of processes from 1")
-    world_size = int(text)
+def lay_out(config: Config, world_size: int) -> Topology:
+    """The layout of the run's processes; raises where the model or its batch does not fit it."""
     topology = resolve(config.parallel, world_size)
     train = config.train
     check_fit(topology, config.model, train.seq_len, train.global_batch_rows, train.micro_batch_rows)
-    if world_size > 1:
-        raise ConfigError(f"WORLD_SIZE={world_size}: this version trains in one process; allowed 1")
+    exchange_of(config.model, config.parallel, topology)
     if config.parallel.engine != "torch":
         raise ConfigError(f"parallel.engine={config.parallel.engine}: this version has torch only")
-    if config.run.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("run.device=cuda: no CUDA device here; allowed auto or cpu")
-    use_cuda = config.run.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if use_cuda else "cpu"), topology
+    return topology
 
 
 def count_steps(config: Config) -> int:
@@ -150,7 +156,13 @@ def source_names(config: Config) -> list[str]:
     return sorted({name for phase in config.curriculum for name, rate in phase.mix.items() if rate > 0})
 
 
-def build_loader(config: Config, data: PreparedData, allocate: AllocateBytes = ordinary_memory) -> Loader:
+def build_loader(
+    config: Config,
+    data: PreparedData,
+    allocate: AllocateBytes = ordinary_memory,
+    rows: slice | None = None,
+) -> Loader:
+    """`rows` of each global batch; None = all."""
     return Loader(
         data,
         config.curriculum,
@@ -158,7 +170,8 @@ def build_loader(config: Config, data: PreparedData, allocate: AllocateBytes = o
         config.train.seq_len,
         config.train.global_batch_rows,
         config.run.seed,
-        allocate=allocate,
+        rows,
+        allocate,
     )
 
 
@@ -170,25 +183,39 @@ def longest_segment(config: Config) -> int | None:
 
 
 def _held_back(
-    config: Config, loader: Loader, device: torch.device
+    config: Config, loader: Loader, device: torch.device, ranks: Ranks
 ) -> dict[str, dict[str, list[MicroBatch]]]:
-    """Validation batches by objective and source."""
-    rows = config.train.validation_rows
-    if not rows:
+    """This rank's validation batches by objective and source."""
+    if not config.train.validation_rows:
         return {}
     objectives = dict.fromkeys(["causal_lm", *(phase.objective for phase in config.curriculum)])
     return {
         objective: {
-            source: micro_batches(
-                loader.validation_rows(objective, source, rows),
-                config.train.micro_batch_rows,
-                device,
-                longest_segment(config),
-            )
+            source: _validation_batches(config, loader, device, ranks, objective, source)
             for source in source_names(config)
         }
         for objective in objectives
     }
+
+
+def _validation_batches(
+    config: Config,
+    loader: Loader,
+    device: torch.device,
+    ranks: Ranks,
+    objective: ObjectiveName,
+    source: str,
+) -> list[MicroBatch]:
+    rows = config.train.validation_rows
+    whole = loader.validation_rows(objective, source, rows)
+    group_rows = config.model.group_rows if config.model.group_rule == "rows" else 1
+    share = validation_share(rows, group_rows, ranks.data_rank, ranks.data_size)
+    own = empty_batch(share.stop - share.start, config.train.seq_len)
+    for name, array in whole.items():
+        mine = array[share]
+        own[name][: len(mine)] = mine
+    packed = bool(whole["segment_ids"].max() > 1)
+    return micro_batches(own, config.train.micro_batch_rows, device, longest_segment(config), packed)
 
 
 def model_identity(config: Config) -> dict[str, Any]:
@@ -196,8 +223,9 @@ def model_identity(config: Config) -> dict[str, Any]:
     return config.model.model_dump(exclude={"dispatch"})
 
 
-def _save(checkpoints: CheckpointManager, config: Config, run: Run) -> None:
-    run.jsonl.sync()  # the checkpoint's own line must be there after a crash
+def _save(checkpoints: CheckpointManager, config: Config, outputs: Outputs | None, run: Run) -> None:
+    if outputs:
+        outputs.jsonl.sync()  # the checkpoint's own line must be there after a crash
     checkpoints.save(
         training_tensors(run.model, run.optimizer),
         step=run.step,
@@ -208,49 +236,64 @@ def _save(checkpoints: CheckpointManager, config: Config, run: Run) -> None:
             "phase": run.loader.curriculum.phase_at(run.step),
             "data": run.loader.state_dict(),
             "counters": run.counters,
-            "wandb_run_id": run.wandb.run_id,
+            "wandb_run_id": outputs.wandb.run_id if outputs else None,
             "config": config.model_dump(),
         },
     )
 
 
+def _place(topology: Topology, rank: int, rows: slice) -> str:
+    """Where a rank stands, for its log."""
+    axes: list[GroupName] = ["replicate", "shard", "tensor", "expert_shard", "expert"]
+    coordinates = ", ".join(
+        f"{axis} {topology.coordinate(axis, rank)}/{topology.size(axis)}" for axis in axes
+    )
+    return f"{coordinates}, rows {rows.start} to {rows.stop - 1} of a batch"
+
+
+def _ranks_of(topology: Topology, rank: int, group: str) -> str:
+    members = topology.group(cast(GroupName, group), rank)
+    return f"ranks {' '.join(map(str, members))}" if len(members) <= 16 else f"{len(members)} ranks"
+
+
 def _announce(
+    say: Callable[[str], None],
     run: Run,
     config: Config,
+    topology: Topology,
     resume_from: Path | None,
     peak_source: str,
     repetitions: list[Repetition],
 ) -> None:
-    parameters = sum(p.numel() for p in run.model.parameters())
+    parameters = count_parameters(config.model).total
     start = f"resumed from {resume_from} (step {run.step})" if resume_from else "from the start"
-    run.progress.print(
-        f"{config.run.dir}: {parameters:,} parameters, {config.train.precision} on {run.device}, "
+    layout = ""
+    if topology.world_size > 1:
+        layout = (
+            f" in {topology.world_size} processes (replicate {topology.replicate} x shard {topology.shard} x "
+            f"tensor {topology.tensor}, expert {topology.expert})"
+        )
+    say(
+        f"{config.run.dir}: {parameters:,} parameters, {config.train.precision} on {run.device}{layout}, "
         f"{run.total_steps:,} steps, {start}; MFU against {peak_source}"
     )
     if config.data.repetition == "warn":
         for source, first_step, epochs in repetitions:
-            run.progress.print(
+            say(
                 f"warning: source {source!r} is used up at step {first_step} and read again: "
                 f"{epochs:.2f} times by step {run.total_steps}"
             )
 
 
-def _fit_and_close(run: Run, run_dir: Path) -> None:
-    start, first_step, exit_code = time.monotonic(), run.step, 1
-    with StopSignals() as stop:  # until all is closed: a second SIGTERM must not undo a good end
-        try:
-            stopped_by = fit(run, stop)
-            exit_code = 0
-        finally:
-            run.progress.close()
-            run.loader.close()
-            run.jsonl.close()
-            run.wandb.close(exit_code)
+def _fit(run: Run, stop: StopSignals, say: Callable[[str], None], run_dir: Path) -> None:
+    start, first_step = time.monotonic(), run.step
+    try:
+        stopped_by = fit(run, stop)
+    finally:
+        run.loader.close()
     seconds = time.monotonic() - start
     end = f"stopped by {stopped_by}, saved" if stopped_by else "finished"
-    run.progress.print(
-        f"{end} at step {run.step} after {run.step - first_step} steps, {seconds:.0f} s: {run_dir}"
-    )
+    say(f"{end} at step {run.step} after {run.step - first_step} steps, {seconds:.0f} s: {run_dir}")
 
 
 if __name__ == "__main__":

@@ -61,10 +61,6 @@ class Group:
         self.observe(self.name, "all_reduce", x.nbytes)
         dist.all_reduce(x, dist.ReduceOp.SUM, self.group)
 
-    def max_(self, x: Tensor) -> None:
-        self.observe(self.name, "all_reduce", x.nbytes)
-        dist.all_reduce(x, dist.ReduceOp.MAX, self.group)
-
 
 def sum_flat(group: Group, tensors: Sequence[Tensor]) -> None:
     """Sums each tensor over the group in place, all in one collective; they are of one dtype."""

@@ -59,10 +59,11 @@ class Ranks(Protocol):
 
     def clear_gradients(self) -> None: ...
 
+    def parameter_norm(self) -> Tensor:
+        """Global norm of all parameters, a scalar on the device."""
+
     def sum_(self, x: Tensor) -> None:
         """In place over all processes."""
-
-    def max_(self, x: Tensor) -> None: ...
 
 
 class OneProcess:
@@ -91,10 +92,10 @@ class OneProcess:
     def clear_gradients(self) -> None:
         self.model.zero_grad(set_to_none=True)
 
-    def sum_(self, x: Tensor) -> None:
-        pass
+    def parameter_norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.detach() for p in self.model.parameters()])
 
-    def max_(self, x: Tensor) -> None:
+    def sum_(self, x: Tensor) -> None:
         pass
 
 
@@ -144,21 +145,24 @@ class ShardedRanks:
             (self.layouts[name], local.grad) for name, local, _ in self._local if local.grad is not None
         ]
         sum_flat(self._groups["tensor"], [grad for layout, grad in present if layout.partial_over_tensor])
-        total = self._local_squares(present)
-        self.sum_(total)
-        return total.sqrt()
+        return self._global_norm(present)
 
-    def _local_squares(self, present: Sequence[tuple[ParameterLayout, Tensor]]) -> Tensor:
-        """This rank's term of the sum of squares over the whole model, each element counted once."""
+    def parameter_norm(self) -> Tensor:
+        return self._global_norm([(self.layouts[name], local.detach()) for name, local, _ in self._local])
+
+    def _global_norm(self, parts: Sequence[tuple[ParameterLayout, Tensor]]) -> Tensor:
+        """Each element counts once, on the first of the ranks that hold it."""
         first_copy = self.topology.coordinate("replicate", self.rank) == 0
         counted = [
-            grad
-            for layout, grad in present
-            if first_copy and (not layout.partial_over_tensor or self.counts_loss) and grad.numel()
+            part
+            for layout, part in parts
+            if first_copy and (not layout.partial_over_tensor or self.counts_loss) and part.numel()
         ]
+        squares = next(local for _, local, _ in self._local).detach().new_zeros(())
         if counted:
-            return torch.nn.utils.get_total_norm(counted).square()
-        return next(local for _, local, _ in self._local).new_zeros(())
+            squares = torch.nn.utils.get_total_norm(counted).square()
+        self.sum_(squares)
+        return squares.sqrt()
 
     def clear_gradients(self) -> None:
         for _, local, sharded in self._local:
@@ -166,9 +170,6 @@ class ShardedRanks:
 
     def sum_(self, x: Tensor) -> None:
         self._groups["world"].sum_(x)
-
-    def max_(self, x: Tensor) -> None:
-        self._groups["world"].max_(x)
 
 
 class ParameterShards:

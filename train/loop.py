@@ -11,12 +11,13 @@ import torch
 from openmoe.data.loader import Loader, StepBatch
 from openmoe.model.decoder import Decoder
 from openmoe.parallel.ranks import Ranks
+from openmoe.parallel.watchdog import NoWatchdog
 from openmoe.train.config import TrainConfig
-from openmoe.train.metrics import JsonlWriter, WandbWriter
-from openmoe.train.progress import Progress
+from openmoe.train.metrics import Writer
 from openmoe.train.record import step_metrics
 from openmoe.train.signals import StopSignals
 from openmoe.train.step import MicroBatch, micro_batches, train_step
+from openmoe.train.throughput import peak_memory_bytes
 from openmoe.train.validation import validate
 
 
@@ -38,11 +39,10 @@ class Run:
     save: Callable[["Run"], None]
     save_due: Callable[[int, int, int], bool]  # (step, tokens before it, tokens_seen) -> save now?
     utilization: Callable[[int, int, float], float]  # (positions, loss tokens, seconds) of a step -> MFU
-    jsonl: JsonlWriter
-    wandb: WandbWriter
-    progress: Progress
+    writers: Sequence[Writer]  # of the steps' lines; none on ranks other than 0
     device: torch.device
     ranks: Ranks
+    watchdog: NoWatchdog
     longest_segment: int | None = (
         None  # positions an example may take where rows hold many; see micro_batches
     )
@@ -60,31 +60,49 @@ def fit(run: Run, stop: StopSignals) -> str | None:
     moe_layers = run.model.config.moe_layers
     while run.step < run.total_steps:
         start = time.perf_counter()
+        run.watchdog.step(run.step + 1)
         batch = next(run.loader)  # inside the clock: a loader that is the limit must show
+        data_seconds = time.perf_counter() - start
         frozen = run.config.freeze_router_at_step
         if frozen is not None and run.step >= frozen:
             run.model.freeze_routers()
         rate = run.learning_rate(run.step)
-        micro = micro_batches(batch.arrays, run.config.micro_batch_rows, run.device, run.longest_segment)
+        micro = micro_batches(
+            batch.arrays,
+            run.config.micro_batch_rows,
+            run.device,
+            run.longest_segment,
+            packed=run.longest_segment is not None,
+        )
         result = train_step(run.model, run.optimizer, micro, batch.loss_tokens, rate, run.config, run.ranks)
-        metrics = step_metrics(result, moe_layers, run.ranks)
+        own = {
+            "data_seconds": data_seconds,
+            "peak_memory_bytes": peak_memory_bytes(run.device),
+            "votes_to_stop": stop.vote(),
+        }
+        metrics, of_ranks = step_metrics(result, moe_layers, run.ranks, own)
         seconds = time.perf_counter() - start
         run.step += 1
         run.tokens_before, run.tokens_seen = run.tokens_seen, run.tokens_seen + batch.positions
         _require_finite({name: metrics[name] for name in ("loss", "grad_norm")}, run, batch)
 
-        line = _line(run, batch, metrics, rate, seconds)
+        stopped_by = stop.agreed(sum(of_ranks["votes_to_stop"]))
+        line = _line(run, batch, metrics, rate, seconds) | {
+            "data_seconds": max(of_ranks["data_seconds"]),
+            "peak_memory_bytes": max(of_ranks["peak_memory_bytes"]),
+        }
         if _validation_due(run, batch):
-            line |= validate(run.model, _held_back(run, batch))
-        run.jsonl.write(line)
-        run.wandb.write(line)
-        run.progress.update(line)
+            line |= validate(run.model, _held_back(run, batch), run.ranks)
+        for writer in run.writers:
+            writer.write(line)
         due = run.save_due(run.step, run.tokens_before, run.tokens_seen)
-        if due or run.step == run.total_steps or stop.requested is not None:
-            _require_finite({"norm of the parameters": _parameter_norm(run.model)}, run, batch)
-            run.save(run)
-            if stop.requested is not None:  # a signal that came after the save waits for the next one
-                return stop.requested
+        if due or run.step == run.total_steps or stopped_by:
+            # Not finite where an update has ruined the model: it must not become the newest checkpoint.
+            _require_finite({"norm of the parameters": run.ranks.parameter_norm().item()}, run, batch)
+            with run.watchdog.pause():
+                run.save(run)
+            if stopped_by:
+                return stopped_by
     return None
 
 
@@ -107,11 +125,6 @@ def _line(run: Run, batch: StepBatch, metrics: dict[str, Any], rate: float, seco
         "step_seconds": seconds,
         "mfu": run.utilization(batch.positions, batch.loss_tokens, seconds),
     }
-
-
-def _parameter_norm(model: Decoder) -> float:
-    """Not finite where an update has ruined the model: then it must not become the newest checkpoint."""
-    return torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()]).item()
 
 
 def _require_finite(values: Mapping[str, float], run: Run, batch: StepBatch) -> None:

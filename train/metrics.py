@@ -11,7 +11,7 @@ import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +35,17 @@ WANDB_GROUPS = {
     "epoch": "data",
     "tokens_per_second": "speed",
     "step_seconds": "speed",
+    "data_seconds": "speed",
+    "peak_memory_bytes": "speed",
     "mfu": "speed",
 }
 WANDB_AXES = ("step", "tokens_seen")  # kept at the top level: every panel can be drawn over either
+
+
+class Writer(Protocol):
+    """Takes each step's line."""
+
+    def write(self, metrics: Mapping[str, Any]) -> None: ...
 
 
 class JsonlWriter:

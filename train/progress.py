@@ -35,7 +35,7 @@ class Progress:
         self._phase: object = None
         self._line_open = False
 
-    def update(self, metrics: Mapping[str, Any]) -> None:
+    def write(self, metrics: Mapping[str, Any]) -> None:
         """`metrics` is the step's line of metrics.jsonl; `mfu` is a share of 1 and may be missing."""
         step = metrics["step"]
         self._updates += 1

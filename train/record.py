@@ -13,9 +13,11 @@ from openmoe.train.step import StepResult
 _SUMMED = ("assigned", "kept", "routed_tokens", "tokens_left_behind", "entropy_sum")  # over micro-batches
 
 
-def step_metrics(result: StepResult, moe_layers: list[int], ranks: Ranks) -> dict[str, Any]:
-    """Losses, accuracy, gradient norm and, per MoE layer, load, entropy and drops, over all ranks; one sum
-    over them and one transfer from the device.
+def step_metrics(
+    result: StepResult, moe_layers: list[int], ranks: Ranks, own: Mapping[str, float]
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Losses, accuracy, gradient norm and, per MoE layer, load, entropy and drops, over all ranks; and what
+    each rank has to say of itself (`own`), by rank. One sum over the ranks and one transfer from the device.
 
     Per layer: `load` is the share of all choices that fell on each expert, before dropping, and
     `load_max_over_mean`, `load_cv` (coefficient of variation) and `dead_experts` sum it up; `entropy` is the
@@ -26,6 +28,9 @@ def step_metrics(result: StepResult, moe_layers: list[int], ranks: Ranks) -> dic
     sums = {name: getattr(result, name) for name in (*losses, "correct", "loss_tokens")}
     for index, blocks in zip(moe_layers, zip(*result.router, strict=True), strict=True):
         sums |= {f"{index}/{name}": value for name, value in _sum(list(blocks)).items()}
+    for name, value in own.items():
+        sums[f"own/{name}"] = result.loss.new_zeros(ranks.world_size, dtype=torch.float64)
+        sums[f"own/{name}"][ranks.rank] = value
     sums = sum_over_ranks(sums, ranks)
 
     tensors = {name: sums[name] for name in losses}
@@ -38,10 +43,9 @@ def step_metrics(result: StepResult, moe_layers: list[int], ranks: Ranks) -> dic
     tensors["dropped_fraction"] = (assigned - kept) / _positive(assigned)
     for index, layer in zip(moe_layers, layers, strict=True):
         tensors |= {f"router/layer{index:02d}/{name}": value for name, value in _layer(layer).items()}
-    return {
-        name: part.item() if part.dim() == 0 else part.tolist()
-        for name, part in _each(_flat(tensors).cpu(), tensors).items()
-    }
+    tensors |= {f"own/{name}": sums[f"own/{name}"] for name in own}
+    numbers = {name: part.tolist() for name, part in _each(_flat(tensors).cpu(), tensors).items()}
+    return numbers, {name: numbers.pop(f"own/{name}") for name in own}
 
 
 def sum_over_ranks(terms: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:

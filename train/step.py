@@ -40,6 +40,7 @@ def micro_batches(
     micro_batch_rows: int,
     device: torch.device,
     longest_segment: int | None = None,
+    packed: bool | None = None,
 ) -> list[MicroBatch]:
     """Contiguous blocks of rows of a host batch (keys of `model.batch.Batch`, `[rows, seq_len]`).
 
@@ -47,12 +48,14 @@ def micro_batches(
     tensor is faster; never decided block by block, or padding would see other columns in other splits.
 
     Args:
+        packed: whether a row of the whole batch holds two examples; None where these are all its rows.
         longest_segment: the most positions an example may take; attention then runs over tiles of this width,
             one example each, whatever the length of the rows. None: over whole rows.
     """
     rows = len(arrays["input_tokens"])
     size = rows if micro_batch_rows == -1 else micro_batch_rows
-    packed = bool(arrays["segment_ids"].max() > 1)
+    if packed is None:
+        packed = bool(arrays["segment_ids"].max() > 1)
     return [
         _micro_batch(
             {name: array[start : start + size] for name, array in arrays.items()},

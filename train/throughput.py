@@ -1,5 +1,6 @@
 """What a device could compute at best: the base of the model FLOPs utilisation (MFU)."""
 
+import resource
 import time
 from dataclasses import dataclass
 
@@ -48,6 +49,13 @@ def data_sheet_peak(name: str, dtype: torch.dtype) -> float | None:
         if column and row[0] in name:
             return float(row[column])
     return None
+
+
+def peak_memory_bytes(device: torch.device) -> float:
+    """The most memory this process has held so far: of the device's allocator, or on a CPU of the process."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> PeakFlops:

@@ -5,18 +5,36 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from openmoe.model.decoder import Decoder
+from openmoe.parallel.ranks import Ranks
+from openmoe.train.record import sum_over_ranks
 from openmoe.train.step import MicroBatch, loss_sums
 
 
 @torch.no_grad()
-def validate(model: Decoder, held_back: Mapping[str, Sequence[MicroBatch]]) -> dict[str, float]:
-    """`eval/NAME/loss` (nats per loss token) and `eval/NAME/accuracy` for each named set of batches."""
+def validate(model: Decoder, held_back: Mapping[str, Sequence[MicroBatch]], ranks: Ranks) -> dict[str, float]:
+    """`eval/NAME/loss` (nats per loss token) and `eval/NAME/accuracy` for each named set of batches, of which
+    each rank has its share. One sum over the ranks and one transfer from the device."""
     model.eval()
-    metrics = {}
+    sums = {}
     for name, batches in held_back.items():
-        sums = [loss_sums(model, batch) for batch in batches]
-        weight = torch.stack([s.weight for s in sums]).sum()
-        metrics[f"eval/{name}/loss"] = (torch.stack([s.lm for s in sums]).sum() / weight).item()
-        metrics[f"eval/{name}/accuracy"] = (torch.stack([s.correct for s in sums]).sum() / weight).item()
+        of_batches = [loss_sums(model, batch) for batch in batches]
+        for key in ("lm", "correct", "weight"):
+            total = torch.stack([getattr(batch, key) for batch in of_batches]).sum()
+            sums[f"{key}/{name}"] = total * ranks.counts_loss
     model.train()
+    if not sums:
+        return {}
+    numbers = {name: value.item() for name, value in sum_over_ranks(sums, ranks).items()}
+    metrics = {}
+    for name in held_back:
+        metrics[f"eval/{name}/loss"] = numbers[f"lm/{name}"] / numbers[f"weight/{name}"]
+        metrics[f"eval/{name}/accuracy"] = numbers[f"correct/{name}"] / numbers[f"weight/{name}"]
     return metrics
+
+
+def validation_share(rows: int, group_rows: int, data_rank: int, data_size: int) -> slice:
+    """The rows of one data rank, of `rows` of each source: as many on each, in whole routing groups, so that
+    groups are those of one process and every rank runs the same batches. The last ones may lie behind the
+    end; they are rows of padding without loss."""
+    share = -(-rows // (data_size * group_rows)) * group_rows
+    return slice(data_rank * share, (data_rank + 1) * share)

@@ -14,7 +14,7 @@ from openmoe.train.throughput import PeakFlops
 
 from .commands import Commands
 
-TIMING = {"tokens_per_second", "step_seconds", "mfu"}
+TIMING = {"tokens_per_second", "step_seconds", "mfu", "data_seconds", "peak_memory_bytes"}
 STEPS, MARK, TOKENS_PER_STEP = 12, 6, 4 * 64
 
 # until_tokens lies inside step 6, so the switch comes after it: at the first boundary at or after the mark.

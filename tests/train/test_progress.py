@@ -31,14 +31,14 @@ def metrics(step: int, phase: int = 0, **more: Any) -> dict[str, Any]:
 def run(progress: Progress, clock: Clock, seconds: list[float], first_step: int = 1) -> None:
     for step, spent in enumerate(seconds, first_step):
         clock.seconds += spent
-        progress.update(metrics(step))
+        progress.write(metrics(step))
 
 
 def test_the_line_says_all() -> None:
     """Bug: a figure is missing from the line."""
     stream = io.StringIO()
     progress = Progress(100, 1, stream, Clock())
-    progress.update(metrics(25, mfu=0.4125))
+    progress.write(metrics(25, mfu=0.4125))
     assert stream.getvalue() == (
         "step 25/100 25.0% | 52.4M tokens | phase 0 ul2 | loss 3.2500 | accuracy 0.432 | lr 1.00e-02 | "
         "12.3K tokens/s | MFU 41.2% | ETA --\n"
@@ -68,7 +68,7 @@ def test_without_a_terminal_it_prints_now_and_then() -> None:
     stream = io.StringIO()
     progress = Progress(23, 10, stream, Clock())
     for step in range(1, 24):
-        progress.update(metrics(step, phase=int(step > 14)))
+        progress.write(metrics(step, phase=int(step > 14)))
     lines = stream.getvalue().splitlines()
     assert [line.split()[1].split("/")[0] for line in lines] == ["1", "10", "15", "20", "23"]
     assert "\x1b" not in stream.getvalue()
@@ -80,10 +80,10 @@ def test_on_a_terminal_it_rewrites_one_line(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("COLUMNS", "40")
     stream = Terminal()
     progress = Progress(10, 5, stream, Clock())
-    progress.update(metrics(1))
-    progress.update(metrics(2))
+    progress.write(metrics(1))
+    progress.write(metrics(2))
     progress.print("checkpoint written")
-    progress.update(metrics(3))
+    progress.write(metrics(3))
     progress.close()
     progress.close()
     text = stream.getvalue()

@@ -27,7 +27,7 @@ def test_sums_over_micro_batches() -> None:
         [statistics([[3.0, 1.0, 0.0], [0.0, 4.0, 0.0]], [[3.0, 1.0, 0.0], [0.0, 1.0, 0.0]])],
         [statistics([[4.0, 0.0, 0.0], [2.0, 2.0, 0.0]], [[2.0, 0.0, 0.0], [1.0, 1.0, 0.0]])],
     ]
-    line = step_metrics(result(blocks), [5], ONE)
+    line, _ = step_metrics(result(blocks), [5], ONE, {})
     assert line["accuracy"] == 0.75
     assert line["dropped_fraction"] == pytest.approx(7 / 16)
     layer = {name.removeprefix("router/layer05/"): value for name, value in line.items() if "/" in name}
@@ -46,4 +46,4 @@ def test_sums_over_micro_batches() -> None:
 def test_dense_model_away_from_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a CPU tensor among those of a device, which only a model without experts had."""
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: torch.zeros(self.shape, dtype=self.dtype))
-    assert step_metrics(result([[]], "meta"), [], ONE)["dropped_fraction"] == 0
+    assert step_metrics(result([[]], "meta"), [], ONE, {})[0]["dropped_fraction"] == 0
