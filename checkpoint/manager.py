@@ -19,18 +19,22 @@ from openmoe.checkpoint.storage import (
     verify_checkpoint,
     write_checkpoint,
 )
+from openmoe.checkpoint.together import on_first
 
 FOLDER = "checkpoints"  # inside a run's folder
 STALE = ".stale"  # set aside: a step that the resumed run has yet to reach
 
 
 class CheckpointManager:
-    """Writes to `run_dir`/checkpoints/step_N. Only one process may have a manager of a run at a time."""
+    """Writes to `run_dir`/checkpoints/step_N. Only one run may have a manager of it at a time.
+
+    Each process of the run has one, and all call its methods together; the first alone renames and deletes.
+    """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
         self.directory = run_dir / FOLDER
         self.config = config
-        recover(self.directory)
+        on_first(lambda: recover(self.directory))
 
     def is_milestone(self, tokens_before: int, tokens_seen: int) -> bool:
         """Does the step from `tokens_before` to `tokens_seen` reach a multiple of milestone_every_tokens?"""
@@ -55,7 +59,7 @@ class CheckpointManager:
         """Writes the checkpoint of `step`, then deletes those that `keep` no longer covers.
 
         `tensors` under their logical names (see state.py), `model` the model's configuration, `metadata` any
-        JSON that the training loop wants back.
+        JSON that the training loop wants back; the first process's counts.
 
         Raises CheckpointWriteError where the disk refuses; earlier checkpoints are whole then.
         """
@@ -71,17 +75,23 @@ class CheckpointManager:
                 metadata=metadata,
             )
         except CheckpointWriteError as error:
-            last = latest(self.directory)
+            last = on_first(lambda: latest(self.directory))
             kept = f"; the last one is whole: {last}" if last else "; there is no earlier one"
             raise CheckpointWriteError(error.errno, f"{error.strerror}{kept}") from error
-        if self.config.keep:
-            for old in [old for old in steps(self.directory) if not _is_milestone(old)][: -self.config.keep]:
-                remove_checkpoint(old)
+        on_first(self._remove_old)
         return folder
 
     def set_aside_newer(self, step: int) -> list[Path]:
         """Renames checkpoints newer than `step`, which a run resumed there would mix with its own; returns
         them."""
+        return on_first(lambda: self._set_aside_newer(step))
+
+    def _remove_old(self) -> None:
+        if self.config.keep:
+            for old in [old for old in steps(self.directory) if not _is_milestone(old)][: -self.config.keep]:
+                remove_checkpoint(old)
+
+    def _set_aside_newer(self, step: int) -> list[Path]:
         stale = []
         for folder in steps(self.directory):
             if _step(folder) > step:
@@ -115,7 +125,8 @@ def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
 
 
 def load_checkpoint(folder: Path, tensors: dict[str, Tensor], model: dict[str, Any]) -> Manifest:
-    """Verifies the checkpoint, then fills `tensors` in place (see `read_checkpoint`).
+    """Verifies the checkpoint, then fills `tensors` in place (see `read_checkpoint`). Of several processes
+    all call it together.
 
     Raises CheckpointError for a damaged checkpoint, naming the newest earlier one that is whole, and for one
     of another model; no tensor is touched then.
@@ -132,7 +143,7 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor], model: dict[str, A
 
 def newest_whole(directory: Path, before: Path) -> Path | None:
     """The newest checkpoint in `directory`, older than `before`, whose every file is as it was written."""
-    for folder in reversed(steps(directory)):
+    for folder in reversed(on_first(lambda: steps(directory))):
         if folder.name != before.name and (not _is_step(before) or _step(folder) < _step(before)):
             try:
                 verify_checkpoint(folder)

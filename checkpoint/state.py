@@ -1,31 +1,47 @@
 """The tensors of a training run under their logical names: model/<name>, optimizer/<name>/<key>,
 rng/torch_cpu.
 
-The tensors are the live ones, so filling them in place restores the run.
+The tensors are the live ones, so filling them in place restores the run. They have global shapes: where a
+layout spreads the run over `ranks`, one that this process holds a part of is a DTensor around the part.
 """
 
 import torch
 from torch import Tensor, nn
 
+from openmoe.optim.build import state_dims
+from openmoe.parallel.ranks import Ranks
 
-def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+
+def training_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks | None = None
+) -> dict[str, Tensor]:
     """All tensors that a run's next step depends on, without copying (but for the state of the generator)."""
-    return model_tensors(model) | optimizer_tensors(optimizer) | {"rng/torch_cpu": torch.get_rng_state()}
+    return (
+        model_tensors(model, ranks)
+        | optimizer_tensors(optimizer, ranks)
+        | {"rng/torch_cpu": torch.get_rng_state()}
+    )
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+def model_tensors(model: nn.Module, ranks: Ranks | None = None) -> dict[str, Tensor]:
     """model/<fully qualified name> -> parameter or buffer."""
-    return {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    if ranks is None:
+        return {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    return {
+        f"model/{name}": ranks.as_whole(name, local.detach(), range(local.dim()))
+        for name, local in ranks.named_parameters()
+    }
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, ranks: Ranks | None = None) -> dict[str, Tensor]:
     """optimizer/<fully qualified name of the parameter>/<key> -> state tensor ("v_row", "exp_avg").
 
     The optimizer must have been made with named parameters and have all its state from the start, as
     `optim.build.build_optimizer` sees to: state made in the first step would be missing from a resumed run.
     """
+    dims = state_dims(optimizer)
     return {
-        f"optimizer/{name}/{key}": value
+        f"optimizer/{name}/{key}": value if ranks is None else ranks.as_whole(name, value, dims[name][key])
         for group in optimizer.param_groups
         for name, param in zip(group["param_names"], group["params"], strict=True)
         for key, value in optimizer.state[param].items()

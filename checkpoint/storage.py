@@ -4,22 +4,29 @@ Tensors go through torch.distributed.checkpoint and its safetensors storage (the
 torch 2.9 and 2.13), so that any layout of processes can write a part of each tensor and read another part.
 `manifest.json` states the size and SHA-256 of every file. The folder is built under the name `NAME.partial`
 and renamed once all of it is on disk.
+
+In a run of several processes all of them call the functions that write, verify and read, and all get the same
+error. A tensor of which a process holds a part is a DTensor then; any other is the same on all of them.
 """
 
 import hashlib
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from openmoe.checkpoint.errors import CheckpointError, CheckpointWriteError
 from openmoe.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry, read_manifest
+from openmoe.checkpoint.pieces import Piece, fault_in
+from openmoe.checkpoint.together import dealt, is_first, on_every, on_first
 
 PARTIAL = ".partial"  # not committed yet, or being deleted
 REPLACED = ".replaced"  # older checkpoint of the same step, until the newer one has its name
@@ -40,39 +47,40 @@ def write_checkpoint(
 ) -> None:
     """Writes `tensors` and the rest as the checkpoint `folder`, in place of one that is there already.
 
-    A crash at any moment leaves the old state or the new one (`recover` puts away what else is left).
+    A crash at any moment leaves the old state or the new one (`recover` puts away what else is left). Of
+    several processes the first one's `metadata` is written, and its copy of a tensor that all have.
 
     Raises CheckpointWriteError where the disk refuses, after removing what was written.
     """
     partial = folder.with_name(folder.name + PARTIAL)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        on_first(lambda: _make_empty(partial))
         _write_tensors(partial, tensors)
-        manifest = Manifest(
-            format="openmoe-checkpoint",
-            version=1,
-            step=step,
-            tokens_seen=tokens_seen,
-            milestone=milestone,
-            model=model,
-            metadata=metadata,
-            files={path.name: _file_entry(path) for path in sorted(partial.iterdir())},
-            tensors={name: TensorEntry.of(tensor) for name, tensor in tensors.items()},
-        )
-        with (partial / MANIFEST_NAME).open("w", encoding="utf-8") as file:
-            file.write(manifest.text())
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_folder(partial)
-        _commit(partial, folder)
+        files = _file_entries(partial)
+
+        def finish() -> None:
+            manifest = Manifest(
+                format="openmoe-checkpoint",
+                version=1,
+                step=step,
+                tokens_seen=tokens_seen,
+                milestone=milestone,
+                model=model,
+                metadata=metadata,
+                files=files,
+                tensors={name: TensorEntry.of(tensor) for name, tensor in tensors.items()},
+            )
+            _write_manifest(partial, manifest)
+            _commit(partial, folder)
+
+        on_first(finish)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        _give_up(partial)
         raise CheckpointWriteError(
             error.errno, f"{folder}: not written: {error.strerror or error}"
         ) from error
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _give_up(partial)
         raise
 
 
@@ -81,19 +89,13 @@ def verify_checkpoint(folder: Path) -> Manifest:
 
     Raises CheckpointError naming the first file that is missing, too many, or not as it was written.
     """
-    manifest = read_manifest(folder)
-    found = {path.name for path in folder.iterdir()} - {MANIFEST_NAME}
-    for name in sorted(found ^ manifest.files.keys()):
-        fault = "is not part of the checkpoint" if name in found else "is missing"
-        raise CheckpointError(f"{folder / name}: {fault}")
-    for name, stated in sorted(manifest.files.items()):
-        size_bytes = (folder / name).stat().st_size
-        if size_bytes != stated.size_bytes:
-            raise CheckpointError(
-                f"{folder / name}: damaged: {size_bytes} bytes, the manifest states {stated.size_bytes}"
-            )
-        if _file_entry(folder / name) != stated:
-            raise CheckpointError(f"{folder / name}: damaged: its SHA-256 differs from the manifest's")
+    manifest = on_first(lambda: _complete(folder))
+    names = sorted(manifest.files)
+    faults = on_every(lambda: _first_fault(folder, manifest, dealt(names)))
+    fault = min((fault for fault in faults if fault), default=None)
+    if fault:
+        name, says = fault
+        raise CheckpointError(f"{folder / name}: damaged: {says}")
     return manifest
 
 
@@ -103,14 +105,25 @@ def read_checkpoint(
     """Fills `tensors` in place from a verified checkpoint; `model` is the configuration of the model here.
 
     `tensors` may leave out whole kinds (the part of a name before the first slash), so that evaluation
-    reads "model" alone; within a kind names, shapes and types must be those of the checkpoint.
+    reads "model" alone; within a kind names, shapes and types must be those of the checkpoint. How many
+    processes wrote it, and which part of a tensor each of them, does not matter.
 
-    Raises CheckpointError for a checkpoint of another model; no tensor is touched then.
+    Raises CheckpointError for a checkpoint of another model, and for one that does not hold each element of
+    each tensor exactly once; no tensor is touched then.
     """
-    _compare_models(folder, manifest.model, model)
-    _compare_tensors(folder, manifest.tensors, tensors)
-    with _quiet():
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+    def compare() -> None:
+        _compare_models(folder, manifest.model, model)
+        _compare_tensors(folder, manifest.tensors, tensors)
+
+    on_every(compare)
+    on_first(lambda: _check_pieces(folder, manifest.tensors))
+    with _quiet(), _own_errors():
+        dcp.load(
+            {name: tensor for name, tensor in tensors.items() if not _is_empty_part(tensor)},
+            storage_reader=dcp.HuggingFaceStorageReader(str(folder)),
+            no_dist=not dist.is_initialized(),
+        )
 
 
 def recover(directory: Path) -> None:
@@ -143,10 +156,22 @@ def _commit(partial: Path, folder: Path) -> None:
         shutil.rmtree(replaced)
 
 
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _give_up(partial: Path) -> None:
+    """All processes have failed together, so none is writing any more."""
+    if is_first():
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    # The first process decides for all. Its parts are the largest, so nobody's files are larger than its own.
     file_of, size = {}, 0
     for name, tensor in tensors.items():
-        size += tensor.nbytes
+        size += _part_here(tensor).nbytes
         file_of[name] = 1 + size // FILE_BYTES
     index = {number: i for i, number in enumerate(sorted(set(file_of.values())), start=1)}
     writer = dcp.HuggingFaceStorageWriter(
@@ -154,10 +179,52 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         fqn_to_index_mapping={name: index[number] for name, number in file_of.items()},
         save_distributed=True,  # each process writes its part; no second file lists the tensors
     )
+    parts = {name: _contiguous(tensor) for name, tensor in tensors.items() if not _is_empty_part(tensor)}
+    with _quiet(), _own_errors():
+        dcp.save(parts, storage_writer=writer, no_dist=not dist.is_initialized())
+
+
+def _part_here(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _is_empty_part(tensor: Tensor) -> bool:
+    """Does this process hold nothing of a tensor that others hold?"""
+    return isinstance(tensor, DTensor) and not tensor.to_local().numel()
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor.contiguous()
+    return DTensor.from_local(
+        tensor.to_local().contiguous(),
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+
+
+def _check_pieces(folder: Path, stated: Mapping[str, TensorEntry]) -> None:
+    """Raises CheckpointError naming the first tensor of which the files hold too little or too much."""
+    with _quiet():
+        found = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    for name in sorted(found.keys() | stated.keys()):
+        if name not in stated:
+            raise CheckpointError(f"{folder}: tensor {name} is in the files and not in the manifest")
+        pieces = [Piece(chunk.offsets, chunk.sizes) for chunk in getattr(found.get(name), "chunks", ())]
+        fault = fault_in(stated[name].shape, pieces)
+        if fault:
+            raise CheckpointError(f"{folder}: tensor {name} is not stored exactly once: {fault}")
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """What went wrong on the first process that failed, in place of torch's BaseException that hides it."""
     try:
-        with _quiet():
-            dcp.save({k: v.contiguous() for k, v in tensors.items()}, storage_writer=writer, no_dist=True)
-    except dcp.api.CheckpointException as error:  # a BaseException that hides the cause
+        yield
+    except dcp.api.CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from None
 
 
@@ -175,6 +242,42 @@ def _file_entry(path: Path) -> FileEntry:
         return FileEntry(
             size_bytes=os.fstat(file.fileno()).st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest()
         )
+
+
+def _file_entries(folder: Path) -> dict[str, FileEntry]:
+    """Size and digest of all files, each of them read by one process."""
+    names = on_first(lambda: sorted(path.name for path in folder.iterdir()))
+    parts = on_every(lambda: {name: _file_entry(folder / name) for name in dealt(names)})
+    return {name: entry for part in parts for name, entry in part.items()}
+
+
+def _complete(folder: Path) -> Manifest:
+    """The manifest of a folder that has all its files and no other."""
+    manifest = read_manifest(folder)
+    found = {path.name for path in folder.iterdir()} - {MANIFEST_NAME}
+    for name in sorted(found ^ manifest.files.keys()):
+        fault = "is not part of the checkpoint" if name in found else "is missing"
+        raise CheckpointError(f"{folder / name}: {fault}")
+    return manifest
+
+
+def _first_fault(folder: Path, manifest: Manifest, names: Iterable[str]) -> tuple[str, str] | None:
+    """The first of these files that is not as it was written, and what is wrong with it."""
+    for name in names:
+        stated, size_bytes = manifest.files[name], (folder / name).stat().st_size
+        if size_bytes != stated.size_bytes:
+            return name, f"{size_bytes} bytes, the manifest states {stated.size_bytes}"
+        if _file_entry(folder / name) != stated:
+            return name, "its SHA-256 differs from the manifest's"
+    return None
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    with (folder / MANIFEST_NAME).open("w", encoding="utf-8") as file:
+        file.write(manifest.text())
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(folder)
 
 
 def _sync_folder(folder: Path) -> None:
