@@ -1,4 +1,5 @@
-"""`python -m openmoe.launcher.account experiment=NAME`: parameters, FLOPs and the paper's figures."""
+"""`python -m openmoe.launcher.account experiment=NAME`: parameters, FLOPs and the paper's figures; with
+`parallel.shard=N` also what a rank holds and what one update sends."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,6 +15,8 @@ from openmoe.model.accounting import (
     paper_figures,
 )
 from openmoe.model.config import ModelConfig
+from openmoe.parallel.topology import check_fit, resolve
+from openmoe.parallel.traffic import Step, step_traffic
 
 
 def account(model: ModelConfig, seq_len: int) -> str:
@@ -39,6 +42,34 @@ def account(model: ModelConfig, seq_len: int) -> str:
             "",
             f"Columns of the paper's Table 11, by the rule that yields them{in_table}",
             *map(_figure, figures),
+        ]
+    )
+
+
+def account_layout(config: Config) -> str:
+    """The page's part about a layout whose number of processes follows from its degrees."""
+    parallel, train = config.parallel, config.train
+    topology = resolve(parallel, parallel.replicate * parallel.shard * parallel.tensor)
+    check_fit(topology, config.model, train.seq_len, train.global_batch_rows, train.micro_batch_rows)
+    rows = topology.rows_of(0, train.global_batch_rows).stop
+    micro = rows if train.micro_batch_rows == -1 else train.micro_batch_rows
+    step = Step(config.model, parallel, topology, train.precision, train.seq_len, rows // micro, micro)
+    sums: dict[tuple[str, str, str, bool], tuple[int, int]] = {}
+    for part in step_traffic(step, config.optim):
+        key = (part.purpose, part.kind, part.group, part.at_most)
+        times, size_bytes = sums.get(key, (0, 0))
+        sums[key] = times + part.times, size_bytes + part.total_bytes
+    return "\n".join(
+        [
+            f"One update of a rank: {topology.world_size} processes, replicate {topology.replicate} x shard "
+            f"{topology.shard} x tensor {topology.tensor}, expert {topology.expert}; {rows // micro} "
+            f"micro-batches of {micro} rows",
+            f"  {'':<32}{'':<16}{'group':<14}{'times':>7}{'MiB':>14}",
+            *(
+                f"  {purpose:<32}{kind:<16}{group:<14}{times:>7,}{size / 2**20:>14,.3f}"
+                f"{' at most' if at_most else ''}"
+                for (purpose, kind, group, at_most), (times, size) in sums.items()
+            ),
         ]
     )
 
@@ -70,8 +101,14 @@ def _row(name: str, value: str, share: float | None = None) -> str:
     return f"  {name:<52}{value:>18}" + ("" if share is None else f"{share:>8.1%}")
 
 
+def show(config: Config) -> None:
+    print(account(config.model, config.train.seq_len))
+    if config.parallel.shard != -1:
+        print(f"\n{account_layout(config)}")
+
+
 def main() -> None:
-    run_command(lambda config: print(account(config.model, config.train.seq_len)), Config, "config")
+    run_command(show, Config, "config")
 
 
 if __name__ == "__main__":
