@@ -8,13 +8,21 @@ For a parameter p with gradient g at step t (0-based), per tensor, for experts p
     p -= lr * max(RMS(p), epsilon2) * u / max(1, RMS(u) / clipping_threshold)
 
 One step has three phases, each over all parameters: sums of g^2 and p^2; the new moments and the sum of
-u^2; the write. The parts of a tensor are connected by these sums and that of v_row alone, so a layout that
-splits tensors adds them up between the phases and does nothing else. No value is read back to the host.
+u^2; the write. The parts of a tensor are connected by these sums and that of v_row alone. Where a layout
+splits tensors, `Shards.sum_` makes the sums whole in two calls a step, for all parameters together:
+
+    before the moments   of p^2                        over the groups that split the matrix
+                         of g^2 over the right side    over those that split the right side; and the reverse
+                         of all g^2, and of old v_row  over those that split the matrix and the row side: the
+                                                       mean of the new v_row is linear in both
+    before the write     of u^2                        over the groups that split the matrix
+
+Experts split over ranks need none of this, and sums that are whole here are left out. No value is read back
+to the host.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 import torch
@@ -22,6 +30,7 @@ from torch import Tensor
 
 from openmoe.optim.config import AdafactorConfig
 from openmoe.optim.factor_rules import FactorRule
+from openmoe.optim.shards import Shards, SideGroups, side_groups
 
 # Elements worked on at a time: a CPU keeps a tile and its temporary in cache, a GPU wants few large launches.
 CPU_TILE_ELEMENTS = 3 * 2**16
@@ -30,9 +39,10 @@ DEVICE_TILE_ELEMENTS = 2**24
 
 @dataclass
 class _Update:
-    """What one parameter carries from phase to phase."""
+    """What one parameter carries from phase to phase; batch, left and right are those of the part here."""
 
     rule: FactorRule
+    groups: SideGroups
     param: Tensor  # [batch, left, right]
     grad: Tensor  # [batch, left, right]
     state: dict[str, Tensor]
@@ -40,6 +50,22 @@ class _Update:
     squared_update: Tensor  # [batch], sum of u^2
     left: Tensor  # [batch, left]: sum of g^2 over the right side, then left factor of 1 / sqrt(v)
     right: Tensor  # [batch, right]: the same for the right side; both are empty where v is kept in full
+    # Where the row side is split: [batch] sum of g^2, and [batch] sum of the old v_row.
+    row_sums: tuple[Tensor, Tensor] | None = None
+
+    def sums_before_moments(self) -> list[tuple[Tensor, frozenset[str]]]:
+        """The sums of phase 1, each with the groups that hold its terms."""
+        parts = [(self.squared_param, self.groups.matrix)]
+        if self.rule.split is not None:
+            parts += [(self.left, self.groups.right), (self.right, self.groups.left)]
+        if self.row_sums is not None:
+            squared_grad, row_moments = self.row_sums
+            parts += [(squared_grad, self.groups.matrix), (row_moments, self.groups.row)]
+        return parts
+
+    def sums_before_write(self) -> list[tuple[Tensor, frozenset[str]]]:
+        """The sum of phase 2 with the groups that hold its terms."""
+        return [(self.squared_update, self.groups.matrix)]
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -49,8 +75,12 @@ class Adafactor(torch.optim.Optimizer):
     updates made: one count for all parameters, as in t5x, and on the host, where beta2 is worked out, so
     that nothing waits for a device. A parameter without a gradient is left alone, its moments too.
 
-    Raises ValueError for a parameter of another type (its small steps would vanish), KeyError for one
-    without a rule.
+    With `shards` each parameter is a part of a whole one, whose shape its rule has, and its state the same
+    part of the whole state. A parameter must then have a gradient on all ranks or on none, also where a
+    part has no elements.
+
+    Raises ValueError for a parameter of another type (its small steps would vanish) or one that is no part
+    of its rule's shape, KeyError for one without a rule.
     """
 
     def __init__(
@@ -58,19 +88,26 @@ class Adafactor(torch.optim.Optimizer):
         named_parameters: Iterable[tuple[str, Tensor]],
         rules: dict[str, FactorRule],
         config: AdafactorConfig,
+        shards: Shards | None = None,
     ) -> None:
         named = list(named_parameters)
         super().__init__(named, {"lr": 0.0, "step": 0})
         self.config = config
-        self.rules: dict[Tensor, FactorRule] = {}
+        self.shards = shards
+        self.layouts: dict[Tensor, tuple[FactorRule, SideGroups]] = {}
         for name, param in named:
             if param.dtype not in (torch.float32, torch.float64):
                 raise ValueError(f"{name}: Adafactor needs float32 or float64 parameters, got {param.dtype}")
-            self.rules[param] = rules[name]
+            rule = rules[name]
+            self.layouts[param] = rule, side_groups(rule, name, param, shards)
             self.state[param] = {
-                key: torch.zeros(shape, dtype=param.dtype, device=param.device)
-                for key, shape in rules[name].state_shapes.items()
+                key: torch.zeros([param.shape[d] for d in dims], dtype=param.dtype, device=param.device)
+                for key, dims in rule.state_dims.items()
             }
+
+    def state_dims(self, param: Tensor) -> dict[str, tuple[int, ...]]:
+        """The keys of a parameter's state, each with the dimensions of the parameter that it keeps."""
+        return self.layouts[param][0].state_dims
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -80,18 +117,21 @@ class Adafactor(torch.optim.Optimizer):
             updates = [self._begin(param) for param in group["params"] if param.grad is not None]
             for update in updates:
                 self._sum_squares(update)
+            self._sum_over_ranks(part for update in updates for part in update.sums_before_moments())
             for update in updates:
                 self._update_moments(update, beta2)
+            self._sum_over_ranks(part for update in updates for part in update.sums_before_write())
             for update in updates:
                 self._write(update, group["lr"])
             group["step"] += 1
 
     def _begin(self, param: Tensor) -> _Update:
-        rule = self.rules[param]
+        rule, groups = self.layouts[param]
         p = rule.view(param)
         batch, left, right = p.shape if rule.split is not None else (len(p), 0, 0)
         return _Update(
             rule=rule,
+            groups=groups,
             param=p,
             grad=rule.view(param.grad.contiguous()),  # type: ignore[union-attr]
             state=self.state[param],
@@ -100,6 +140,14 @@ class Adafactor(torch.optim.Optimizer):
             left=p.new_zeros(batch, left),
             right=p.new_zeros(batch, right),
         )
+
+    def _sum_over_ranks(self, parts: Iterable[tuple[Tensor, frozenset[str]]]) -> None:
+        """Makes the sums whole; those that no group shares are whole already."""
+        if self.shards is None:
+            return
+        shared = [(tensor, groups) for tensor, groups in parts if groups]
+        if shared:
+            self.shards.sum_(shared)
 
     def _sum_squares(self, update: _Update) -> None:
         """Phase 1: sums of p^2, and of g^2 over each side of a factored parameter."""
@@ -110,6 +158,9 @@ class Adafactor(torch.optim.Optimizer):
                 torch.mul(g, g, out=square)
                 torch.sum(square, 2, out=update.left[tile])
                 update.right[tile[0]].add_(square.sum(1))
+        if update.groups.row:
+            row = update.left if update.rule.row_is_left else update.right
+            update.row_sums = row.sum(1), update.state["v_row"].view_as(row).sum(1)
 
     def _update_moments(self, update: _Update, beta2: float) -> None:
         """Phase 2: the new moments, the factors of 1 / sqrt(v), and the sum of u^2."""
@@ -124,18 +175,26 @@ class Adafactor(torch.optim.Optimizer):
                 update.squared_update[tile[0]].add_(torch.linalg.vector_norm(u, dim=(1, 2)).square_())
             return
         left_key, right_key = ("v_row", "v_col") if rule.row_is_left else ("v_col", "v_row")
-        for key, sums, shape in (
-            (left_key, update.left, rule.left_shape),
-            (right_key, update.right, rule.right_shape),
+        left_elements = rule.left_elements
+        right_elements = rule.matrix_elements // left_elements
+        for key, sums, elements_per_sum in (
+            (left_key, update.left, right_elements),
+            (right_key, update.right, left_elements),
         ):
             moment = update.state[key].view_as(sums)
-            elements_per_sum = prod(rule.shape) // prod(shape)
             # The mean of g^2 + epsilon1; adding epsilon1 to the mean is the same and saves a pass.
             sums.div_(elements_per_sum).add_(epsilon1).mul_(1 - beta2)
             torch.add(sums, moment, alpha=beta2, out=moment)
             sums.copy_(moment)
         row = update.left if rule.row_is_left else update.right
-        row.div_(row.mean(1, keepdim=True))
+        if update.row_sums is not None:
+            # The mean of the new v_row from the sums that were made whole before it.
+            rows = left_elements if rule.row_is_left else right_elements
+            squared_grad, row_moments = update.row_sums
+            mean = squared_grad.div_(rule.matrix_elements).add_(epsilon1).mul_(1 - beta2)
+            row.div_(mean.add_(row_moments, alpha=beta2 / rows)[:, None])
+        else:
+            row.div_(row.mean(1, keepdim=True))
         update.left.rsqrt_()
         update.right.rsqrt_()
         for tile, u in _tiles(update.param):
@@ -145,8 +204,7 @@ class Adafactor(torch.optim.Optimizer):
 
     def _write(self, update: _Update, learning_rate: float) -> None:
         """Phase 3: p -= lr * max(RMS(p), epsilon2) * u / max(1, RMS(u) / clipping_threshold)."""
-        rule = update.rule
-        elements = prod(rule.shape[rule.batch_dims :])
+        rule, elements = update.rule, update.rule.matrix_elements
         param_scale = update.squared_param.div(elements).sqrt_().clamp_(min=self.config.epsilon2)
         clip = update.squared_update.div(elements).sqrt_().div_(self.config.clipping_threshold).clamp_(min=1)
         scale = param_scale.div_(clip).mul_(-learning_rate)[:, None, None]
@@ -172,8 +230,11 @@ def second_moment_decay(step: int, decay_rate: float) -> float:
 def _tiles(tensor: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
     """Cuts [batch, left, right] into tiles: (slices of batch and left, scratch memory of the tile's shape).
 
-    The scratch memory is one buffer for all tiles of a tensor, a few MiB however large the tensor is.
+    The scratch memory is one buffer for all tiles of a tensor, a few MiB however large the tensor is. A
+    tensor without elements has no tiles.
     """
+    if not tensor.numel():
+        return
     batch, left, right = tensor.shape
     limit = CPU_TILE_ELEMENTS if tensor.device.type == "cpu" else DEVICE_TILE_ELEMENTS
     rows = min(left, max(1, limit // right))

@@ -82,22 +82,37 @@ class FactorRule:
     row_is_left: bool = True
 
     @property
-    def left_shape(self) -> tuple[int, ...]:
-        """Shape of the factor over the left side (batch included): the mean over the right side."""
-        return self.shape[: self.split]
+    def left_dims(self) -> tuple[int, ...]:
+        """Dimensions of the factor over the left side (batch included): the mean over the right side."""
+        return tuple(range(len(self.shape)))[: self.split]
 
     @property
-    def right_shape(self) -> tuple[int, ...]:
-        """Shape of the factor over the right side (batch included): the mean over the left side."""
-        return self.shape[: self.batch_dims] + self.shape[self.split :]
+    def right_dims(self) -> tuple[int, ...]:
+        """Dimensions of the factor over the right side (batch included): the mean over the left side."""
+        dims = tuple(range(len(self.shape)))
+        return dims[: self.batch_dims] + dims[self.split :]
 
     @property
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the state: v_row and v_col, or v where the moment is not factored."""
+    def state_dims(self) -> dict[str, tuple[int, ...]]:
+        """Names of the state, v_row and v_col (or v, where the moment is not factored), each with the
+        dimensions of the parameter that it keeps.
+
+        A part's state and the whole one's have the same dimensions, of the part's and the whole's lengths.
+        """
         if self.split is None:
-            return {"v": self.shape}
+            return {"v": self.left_dims}
         left, right = ("v_row", "v_col") if self.row_is_left else ("v_col", "v_row")
-        return {left: self.left_shape, right: self.right_shape}
+        return {left: self.left_dims, right: self.right_dims}
+
+    @property
+    def matrix_elements(self) -> int:
+        """Number of elements of the whole matrix, for each index of the batch."""
+        return prod(self.shape[self.batch_dims :])
+
+    @property
+    def left_elements(self) -> int:
+        """Number of elements of the whole left side, for each index of the batch."""
+        return prod(self.shape[self.batch_dims : self.split])
 
     def view(self, tensor: Tensor) -> Tensor:
         """`tensor` (the parameter or a part) as [batch, left, right] (not factored: [batch, all, 1])."""
