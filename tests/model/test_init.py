@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+import openmoe.model.init
 from openmoe.model.decoder import Decoder
-from openmoe.model.init import initial_values, initialise
+from openmoe.model.init import fill, initial_values, initialise
 from tests.parity.golden import golden_files, our_name, released_config
 
 
@@ -16,6 +17,29 @@ def test_slices(config):
     for start, count in ((0, 1), (1, 7), (333, 100), (996, 4)):
         part = initial_values(config, 3, "layers.0.ffn.wi_0", start, count)
         assert torch.equal(part, whole[start : start + count])
+
+
+@pytest.mark.parametrize(
+    "slices",
+    [
+        ((0, 4), (0, 3), (0, 5)),
+        ((1, 3), (0, 3), (0, 5)),
+        ((0, 4), (2, 3), (0, 5)),
+        ((3, 4), (0, 3), (1, 4)),
+        ((0, 4), (1, 3), (4, 5)),
+        ((2, 2), (0, 3), (0, 5)),
+    ],
+)
+def test_parts_of_a_tensor(config, slices, monkeypatch):
+    """A shard cut in any dimensions, also an empty one, must hold the part of the whole; blocks and runs
+    must not be counted from the shard's own start."""
+    monkeypatch.setattr(openmoe.model.init, "BLOCK_ELEMENTS", 7)
+    shape, name = (4, 3, 5), "layers.0.moe.experts.wo"
+    whole = initial_values(config, 3, name, 0, 60).view(shape)
+    cut = tuple(slice(*ends) for ends in slices)
+    part = torch.full_like(whole[cut], torch.nan, memory_format=torch.contiguous_format)
+    fill(part, config, 3, name, shape, cut)
+    assert torch.equal(part, whole[cut])
 
 
 def test_names_and_seeds_differ(config):
