@@ -2,25 +2,25 @@
 
 import os
 import sys
-import traceback
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
-import torch
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from openmoe.checkpoint.errors import CheckpointError
-from openmoe.data.errors import DataError
-from openmoe.launcher.errors import ConfigError
+from openmoe.launcher.errors import ConfigError, failure_of, one_line
+from openmoe.launcher.processes import ALONE, FOLLOWER_SECONDS, JoinedProcesses, Processes
+from openmoe.launcher.rank_log import quiet_unless
+from openmoe.launcher.rendezvous import AgreedFailure, Place, place_from
+from openmoe.launcher.sameness import shared_keys, versions
 from openmoe.launcher.schema import Config, Page, validate
-from openmoe.parallel.topology import TopologyError
-from openmoe.train.loop import NonFiniteLoss
+from openmoe.parallel.config import ParallelConfig
 
 CONFIGS = "pkg://openmoe.conf"
-USER_ERRORS = (ConfigError, DataError, CheckpointError, TopologyError)
 
 
 def run_command(task: Callable[[Page], None], page: type[Page], name: str) -> None:
@@ -29,28 +29,79 @@ def run_command(task: Callable[[Page], None], page: type[Page], name: str) -> No
     Exit code 0 on success, 2 with one line for a configuration that can't be run, 3 with one line for
     a failure on the way, 130 where Ctrl-C cut it short.
     """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands us its errors and leaves the printing to us
-
-    compositions: list[DictConfig] = []  # none for --cfg and --help
-    compose = hydra.main(version_base="1.3", config_path=CONFIGS, config_name=name)(compositions.append)
     try:
-        compose()
-        for composed in compositions:  # outside of Hydra, which adds a line to each error of a task
-            task(to_page(composed, page))
-    except USER_ERRORS as error:
-        _stop(error, 2)
-    except (HydraException, OmegaConfBaseException) as error:
-        _stop(error, 2)
-    except (NonFiniteLoss, OSError) as error:  # OSError: a full disk, a file that went away
-        _stop(error, 3)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        composed = _compose(page, name)
+        if composed is not None:
+            task(composed)
+    except (Exception, KeyboardInterrupt) as error:
+        _stop(error)
+
+
+def run_joined(task: Callable[[Config, Processes], None], name: str) -> None:
+    """`run_command` for a task that several processes may do together, where the environment says so.
+
+    Faults of the input end all processes with the same exit code and one line, before any of them writes.
+    """
+    try:
+        place = place_from(os.environ)
+    except ConfigError as error:
+        # If it is the same for all, one voice is enough: a launcher ends the others meanwhile.
+        rank = os.environ.get("RANK", "0")
+        time.sleep(0.0 if rank == "0" else FOLLOWER_SECONDS)
+        _stop(error, "" if rank == "0" else f"rank {rank[:20]}: ")
+    if place is None:
+        run_command(lambda config: task(config, ALONE), Config, name)
+    else:
+        _run_with_others(task, name, place)
+
+
+def _run_with_others(task: Callable[[Config, Processes], None], name: str, place: Place) -> NoReturn:
+    config: Config | None = None
+    fault: Exception | None = None
+    try:
+        with quiet_unless(place.rank == 0):
+            config = _compose(Config, name)
+        if config is None:
+            sys.exit(0)
     except Exception as error:
-        if _out_of_memory(error):
-            _stop(error, 3)
-        traceback.print_exc()
-        sys.exit(3)
+        fault = error
+    timeouts = config.parallel if config else ParallelConfig()
+    try:
+        processes = JoinedProcesses(place, timeouts.start_timeout_seconds, timeouts.timeout_seconds)
+    except AgreedFailure as error:
+        if error.speaks:
+            print(error.failure.text(), file=sys.stderr, flush=True)
+        _leave(error.failure.code)
+    except (Exception, KeyboardInterrupt) as error:
+        time.sleep(0.0 if place.rank == 0 else FOLLOWER_SECONDS)
+        failure = failure_of(error)
+        print(failure.text(f"rank {place.rank}: " if place.rank else ""), file=sys.stderr, flush=True)
+        _leave(failure.code)
+
+    def composed() -> Config:
+        if config is None:
+            assert fault is not None
+            raise fault
+        return config
+
+    code = 0
+    try:
+        processes.require_same(versions())
+        agreed = processes.agree(composed)
+        processes.require_same(shared_keys(agreed))
+        task(agreed, processes)
+    except (Exception, KeyboardInterrupt) as error:
+        code = processes.report(error)
+    if processes.close(well=code == 0):
+        sys.exit(code)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """At once, whatever threads still wait for."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def load_config(overrides: Sequence[str]) -> Config:
@@ -59,7 +110,7 @@ def load_config(overrides: Sequence[str]) -> Config:
         with hydra.initialize_config_module("openmoe.conf", version_base="1.3"):
             return to_page(hydra.compose("config", list(overrides)), Config)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_one_line(error)) from None
+        raise ConfigError(_hydra_line(error)) from None
 
 
 def to_page(composed: DictConfig, page: type[Page]) -> Page:
@@ -83,20 +134,27 @@ def read_config(path: Path) -> Config:
         assert isinstance(composed, DictConfig)
         return to_page(composed, Config)
     except (OSError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: {_one_line(error)}") from None
+        raise ConfigError(f"{path}: {_hydra_line(error)}") from None
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """numpy raises MemoryError, a CUDA device OutOfMemoryError, the CPU a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+def _compose(page: type[Page], name: str) -> Page | None:
+    """The page with the overrides of sys.argv; None where Hydra only had to print. Raises ConfigError."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands us its errors and leaves the printing to us
+    compositions: list[DictConfig] = []  # none for --cfg and --help
+    try:
+        hydra.main(version_base="1.3", config_path=CONFIGS, config_name=name)(compositions.append)()
+        # outside of Hydra, which adds a line to each error of a task
+        return to_page(compositions[0], page) if compositions else None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_hydra_line(error)) from None
 
 
-def _stop(error: BaseException, code: int) -> None:
-    print(f"error: {_one_line(error)}", file=sys.stderr)
-    sys.exit(code)
+def _stop(error: BaseException, who: str = "") -> NoReturn:
+    failure = failure_of(error)
+    print(failure.text(who), file=sys.stderr)
+    sys.exit(failure.code)
 
 
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines) or type(error).__name__
+def _hydra_line(error: BaseException) -> str:
+    text = one_line(error)
     return f"{error.override}: {text}" if isinstance(error, OverrideParseException) else text

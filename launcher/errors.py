@@ -1,13 +1,65 @@
 """What a user reads when a run can't start or go on, and with which exit code."""
 
+import traceback
+from dataclasses import dataclass
 from typing import get_args
 
+import torch
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+
+from openmoe.checkpoint.errors import CheckpointError
+from openmoe.data.errors import DataError
+from openmoe.parallel.topology import TopologyError
+from openmoe.parallel.watchdog import LostContact, is_lost_contact, reason
+from openmoe.train.loop import NonFiniteLoss
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; one line: key, value, what is allowed. Exit code 2."""
+
+
+USER_ERRORS = (ConfigError, DataError, CheckpointError, TopologyError)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a command ends that does not end well."""
+
+    code: int
+    line: str  # all that a user needs, unless there is a traceback
+    traceback: str = ""
+
+    def text(self, who: str = "") -> str:
+        """What is printed; `who` is "rank 3: " or nothing."""
+        if self.traceback:
+            return f"{who}{self.traceback}".rstrip()
+        return self.line if self.code == 130 else f"error: {who}{self.line}"
+
+
+def failure_of(error: BaseException) -> Failure:
+    """Exit code 2 for what can't be run, 3 for a failure on the way, 130 for Ctrl-C; a traceback only where
+    nobody foresaw the error."""
+    if isinstance(error, KeyboardInterrupt):
+        return Failure(130, "interrupted")
+    if isinstance(error, USER_ERRORS):
+        return Failure(2, one_line(error))
+    if is_lost_contact(error):
+        return Failure(3, f"lost contact with another process: {reason(error)}")
+    foreseen = isinstance(error, NonFiniteLoss | LostContact | OSError)  # OSError: a full disk, a lost file
+    if foreseen or _out_of_memory(error):
+        return Failure(3, one_line(error))
+    return Failure(3, one_line(error), "".join(traceback.format_exception(error)))
+
+
+def one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines) or type(error).__name__
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """numpy raises MemoryError, a CUDA device OutOfMemoryError, the CPU a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def describe(error: ValidationError, schema: type[BaseModel]) -> str:

@@ -20,6 +20,10 @@ class ParallelConfig(BaseModel, strict=True, extra="forbid", frozen=True, allow_
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False  # attention, FFN and norms through torch.compile
     zero_stage: int = Field(0, ge=0, le=3)  # DeepSpeed only
+    # A run of several processes ends where they did not all come within the first, or where one began
+    # nothing new within the second: then it hangs, or its longest step needs more.
+    start_timeout_seconds: float = Field(300.0, gt=0, le=1e6)
+    timeout_seconds: float = Field(600.0, gt=0, le=1e6)
 
     @model_validator(mode="after")
     def check(self) -> Self:

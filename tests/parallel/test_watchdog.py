@@ -82,7 +82,8 @@ import os, time
 from openmoe.parallel.watchdog import Watchdog
 with Watchdog(0, {TIMEOUT}, str):
     print("ready", flush=True)
-    time.sleep(0.8)
+    for _ in range(8):
+        time.sleep(0.1)
 print("alive", flush=True)
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
