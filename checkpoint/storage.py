@@ -48,7 +48,7 @@ def write_checkpoint(
     """Writes `tensors` and the rest as the checkpoint `folder`, in place of one that is there already.
 
     A crash at any moment leaves the old state or the new one (`recover` puts away what else is left). Of
-    several processes the first one's `metadata` is written, and its copy of a tensor that all have.
+    several processes the first one's `metadata` is written; each writes some of what several hold.
 
     Raises CheckpointWriteError where the disk refuses, after removing what was written.
     """

@@ -1,5 +1,6 @@
 """One checkpoint: exact contents, and every kind of damage noticed."""
 
+import hashlib
 import json
 import pickle
 import random
@@ -79,6 +80,36 @@ def test_every_type_comes_back_to_the_last_bit(
     assert manifest.metadata == {"phase": 1, "data": {"counters": [1, 2]}, "wandb": None}
     assert len(manifest.files) == 1 if file_bytes == 2**30 else len(manifest.files) > 5
     assert [path.name for path in tmp_path.iterdir()] == ["step_7"]
+
+
+def canonical(file: Path) -> bytes:
+    """A file's content but for what differs each time: the order of the keys in its header, and digests."""
+    content = file.read_bytes()
+    if file.suffix == ".json":
+        manifest = json.loads(content)
+        del manifest["sha256_of_the_above"]
+        for entry in manifest["files"].values():
+            del entry["sha256"]
+        return json.dumps(manifest, sort_keys=True).encode()
+    header_bytes = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:header_bytes]), sort_keys=True).encode()
+    return content[:8] + header + content[header_bytes:]
+
+
+@pytest.mark.parametrize(("file_bytes", "digest"), [(2**30, "9a9b5172cec5b94c"), (64, "5db60e8ede0d8088")])
+def test_the_files_of_one_process_stay_as_they_are(
+    file_bytes: int, digest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change for runs of several processes that changes names, order or contents of one process's files."""
+    monkeypatch.setattr(storage, "FILE_BYTES", file_bytes)
+    types = (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8)
+    tensors = {f"model/{str(t)[6:]}": torch.arange(15).view(5, 3).to(t) for t in types}
+    tensors |= {"model/transposed": torch.arange(6.0).view(2, 3).T, "optimizer/a/step": torch.tensor(3.0)}
+    write(tmp_path / "step_7", tensors | {"model/empty": torch.zeros(0, 4)})
+    found = hashlib.sha256()
+    for file in sorted((tmp_path / "step_7").iterdir()):
+        found.update(file.name.encode() + canonical(file))
+    assert found.hexdigest()[:16] == digest
 
 
 def test_no_pickle_is_written_or_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
