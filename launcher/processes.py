@@ -11,6 +11,7 @@ import json
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import timedelta
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from openmoe.launcher.errors import ConfigError, Failure, failure_of, one_line
+from openmoe.launcher.errors import ConfigError, Failure, failure_of
 from openmoe.launcher.rank_log import NO_LOG, NoLog, RankLog, quiet_unless
 from openmoe.launcher.rendezvous import AgreedFailure, Meeting, Place
 from openmoe.launcher.sameness import describe_difference, differences
@@ -164,8 +165,7 @@ class JoinedProcesses(Processes):
 
     def report(self, error: BaseException) -> int:
         """Says what went wrong unless another process does; returns the exit code."""
-        own = error.__cause__ if isinstance(error, AgreedFailure) and error.__cause__ else error
-        self.log.write(f"error: {failure_of(own).traceback or one_line(own)}".rstrip())
+        self.log.write("".join(traceback.format_exception(error)).rstrip())  # its cause on this rank included
         if isinstance(error, AgreedFailure):
             if error.speaks:
                 _print(error.failure.text(error.who))

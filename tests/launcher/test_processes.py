@@ -336,6 +336,10 @@ def test_a_full_disk_of_one_rank(together: Together, tmp_path: Path) -> None:
     for rank in (0, 2):
         log_text = (tmp_path / f"run/logs/rank_{rank:05d}.log").read_text()
         assert f"rank {rank}: lost contact with another process at step 17 in group world" in log_text
+        assert "Traceback" in log_text
+    own_log = (tmp_path / "run/logs/rank_00001.log").read_text()
+    assert "Traceback" in own_log
+    assert own_log.endswith("No space left on device\n")
 
 
 def test_a_rank_that_is_killed(together: Together) -> None:
