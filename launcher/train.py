@@ -21,7 +21,7 @@ from openmoe.data.plan import Repetition
 from openmoe.data.prepare import PreparedData, prepare
 from openmoe.launcher.entry import run_joined
 from openmoe.launcher.errors import ConfigError
-from openmoe.launcher.outputs import Outputs, open_outputs
+from openmoe.launcher.outputs import Outputs, hold_folder, open_outputs
 from openmoe.launcher.processes import ALONE, Processes
 from openmoe.launcher.run_folder import belongs_to, resume_point
 from openmoe.launcher.schema import Config
@@ -70,7 +70,7 @@ def train(config: Config, processes: Processes = ALONE) -> None:
         step = tokens_seen = 0
         counters, wandb_run_id = {"nonpad_tokens": 0, "loss_tokens": 0}, None
         if resume_from is not None:
-            tensors = training_tensors(model, optimizer)
+            tensors = training_tensors(model, optimizer, ranks)
             with watchdog.pause():
                 manifest = load_checkpoint(resume_from, tensors, model_identity(config))
             step, tokens_seen = manifest.step, manifest.tokens_seen
@@ -84,15 +84,18 @@ def train(config: Config, processes: Processes = ALONE) -> None:
         # Until all is closed: a second SIGTERM must not undo a good end.
         stop = stack.enter_context(StopSignals())
         # Everything that can be wrong with the input has been found; from here on files are written.
+        is_first = processes.rank == 0
+        processes.agree(lambda: stack.enter_context(hold_folder(config, resume_from)) if is_first else None)
+        checkpoints = CheckpointManager(run_dir, config.checkpoint)
+        checkpoints.set_aside_newer(step)  # before their lines go: a crash in between must leave them some
         outputs = processes.agree(
             lambda: (
-                stack.enter_context(open_outputs(config, resume_from, step, wandb_run_id, total_steps))
-                if processes.rank == 0
+                stack.enter_context(open_outputs(config, step, wandb_run_id, total_steps))
+                if is_first
                 else None
             )
         )
         processes.open_log(run_dir, f"{device}, {_place(topology, processes.rank, rows)}")
-        checkpoints = CheckpointManager(run_dir, config.checkpoint)
         peak = peak_flops(device, DTYPES[config.train.precision][1]) if outputs else NO_PEAK
         flops = count_flops(config.model, longest_segment(config) or config.train.seq_len)
         run = Run(
@@ -227,7 +230,7 @@ def _save(checkpoints: CheckpointManager, config: Config, outputs: Outputs | Non
     if outputs:
         outputs.jsonl.sync()  # the checkpoint's own line must be there after a crash
     checkpoints.save(
-        training_tensors(run.model, run.optimizer),
+        training_tensors(run.model, run.optimizer, run.ranks),
         step=run.step,
         tokens_seen=run.tokens_seen,
         milestone=checkpoints.is_milestone(run.tokens_before, run.tokens_seen),
