@@ -342,6 +342,13 @@ def test_a_full_disk_of_one_rank(together: Together, tmp_path: Path) -> None:
     assert own_log.endswith("No space left on device\n")
 
 
+def test_the_cause_is_told_before_what_follows(together: Together) -> None:
+    """Bug: the line is of a rank that lost contact, because the one that failed takes its time."""
+    fault = 'dist.destroy_process_group(); time.sleep(0.5); raise OSError(28, "No space left on device")'
+    ended = together(3, START + WATCHED.format(fault=fault))
+    assert check_refused(ended, code=3) == "error: rank 1: [Errno 28] No space left on device"
+
+
 def test_a_rank_that_is_killed(together: Together) -> None:
     """Bug: a traceback of gloo from every rank, without rank, step and group."""
     ended = together(3, START + WATCHED.format(fault="os.kill(os.getpid(), signal.SIGKILL)"))
