@@ -38,16 +38,6 @@ class Config(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf_nan=
     @model_validator(mode="after")
     def check(self) -> Self:
         train, model = self.train, self.model
-        micro = train.global_batch_rows if train.micro_batch_rows == -1 else train.micro_batch_rows
-        if train.global_batch_rows % micro:
-            raise ValueError(
-                f"train.micro_batch_rows={micro}: allowed a divisor of "
-                f"train.global_batch_rows={train.global_batch_rows}"
-            )
-        if model.moe_every and model.group_rule == "rows" and micro % model.group_rows:
-            raise ValueError(
-                f"model.group_rows={model.group_rows}: allowed a divisor of the {micro} rows of a micro-batch"
-            )
         if model.moe_every and model.group_rule == "rows" and train.validation_rows % model.group_rows:
             raise ValueError(
                 f"train.validation_rows={train.validation_rows}: allowed a multiple of "
