@@ -6,6 +6,7 @@ A case is a function at the top level of a module, `case(*args) -> result`; argu
 import json
 import os
 import pickle
+import reprlib
 import signal
 import socket
 import subprocess
@@ -85,7 +86,7 @@ class Pool:
             exit_codes = self._end()
         failure = self._failure(outcomes, exit_codes, timeout_seconds, stacks)
         if failure:
-            arguments = ", ".join(map(repr, args))
+            arguments = ", ".join(map(reprlib.repr, args))
             name = f"{function.__module__}.{function.__qualname__}({arguments})"
             raise CaseFailed(f"{name} on {world_size} ranks: {failure}")
         return [pickle.loads(outcome.result) for outcome in outcomes.values() if outcome.result is not None]
