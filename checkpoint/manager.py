@@ -19,7 +19,7 @@ from openmoe.checkpoint.storage import (
     verify_checkpoint,
     write_checkpoint,
 )
-from openmoe.checkpoint.together import on_first
+from openmoe.checkpoint.together import ALL, Peers
 
 FOLDER = "checkpoints"  # inside a run's folder
 STALE = ".stale"  # set aside: a step that the resumed run has yet to reach
@@ -28,13 +28,15 @@ STALE = ".stale"  # set aside: a step that the resumed run has yet to reach
 class CheckpointManager:
     """Writes to `run_dir`/checkpoints/step_N. Only one run may have a manager of it at a time.
 
-    Each process of the run has one, and all call its methods together; the first alone renames and deletes.
+    Each process of the run has one. The first alone renames and deletes; `save` needs all of them.
     """
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
+    def __init__(self, run_dir: Path, config: CheckpointConfig, peers: Peers = ALL) -> None:
         self.directory = run_dir / FOLDER
         self.config = config
-        on_first(lambda: recover(self.directory))
+        self.peers = peers
+        if peers.is_first:
+            recover(self.directory)
 
     def is_milestone(self, tokens_before: int, tokens_seen: int) -> bool:
         """Does the step from `tokens_before` to `tokens_seen` reach a multiple of milestone_every_tokens?"""
@@ -73,26 +75,21 @@ class CheckpointManager:
                 milestone=milestone,
                 model=model,
                 metadata=metadata,
+                peers=self.peers,
             )
         except CheckpointWriteError as error:
-            last = on_first(lambda: latest(self.directory))
+            last = self.peers.on_first(lambda: latest(self.directory))
             kept = f"; the last one is whole: {last}" if last else "; there is no earlier one"
             raise CheckpointWriteError(error.errno, f"{error.strerror}{kept}") from error
-        on_first(self._remove_old)
+        self.peers.on_first(self._remove_old)
         return folder
 
     def set_aside_newer(self, step: int) -> list[Path]:
         """Renames checkpoints newer than `step`, which a run resumed there would mix with its own; returns
-        them."""
-        return on_first(lambda: self._set_aside_newer(step))
-
-    def _remove_old(self) -> None:
-        if self.config.keep:
-            for old in [old for old in steps(self.directory) if not _is_milestone(old)][: -self.config.keep]:
-                remove_checkpoint(old)
-
-    def _set_aside_newer(self, step: int) -> list[Path]:
-        stale = []
+        them. The first process waits for nobody, and the others have nothing to do."""
+        stale: list[Path] = []
+        if not self.peers.is_first:
+            return stale
         for folder in steps(self.directory):
             if _step(folder) > step:
                 names = (f"{folder.name}{STALE}{number or ''}" for number in count())
@@ -100,6 +97,11 @@ class CheckpointManager:
                 os.rename(folder, target)
                 stale.append(target)
         return stale
+
+    def _remove_old(self) -> None:
+        if self.config.keep:
+            for old in [old for old in steps(self.directory) if not _is_milestone(old)][: -self.config.keep]:
+                remove_checkpoint(old)
 
 
 def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
@@ -124,7 +126,9 @@ def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
     return found
 
 
-def load_checkpoint(folder: Path, tensors: dict[str, Tensor], model: dict[str, Any]) -> Manifest:
+def load_checkpoint(
+    folder: Path, tensors: dict[str, Tensor], model: dict[str, Any], peers: Peers = ALL
+) -> Manifest:
     """Verifies the checkpoint, then fills `tensors` in place (see `read_checkpoint`). Of several processes
     all call it together.
 
@@ -132,21 +136,21 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor], model: dict[str, A
     of another model; no tensor is touched then.
     """
     try:
-        manifest = verify_checkpoint(folder)
+        manifest = verify_checkpoint(folder, peers)
     except CheckpointError as error:
-        earlier = newest_whole(folder.parent, before=folder)
+        earlier = newest_whole(folder.parent, folder, peers)
         advice = f"use checkpoint.resume={earlier}" if earlier else "there is no earlier whole one beside it"
         raise CheckpointError(f"{error}; {advice}") from None
-    read_checkpoint(folder, manifest, tensors, model)
+    read_checkpoint(folder, manifest, tensors, model, peers)
     return manifest
 
 
-def newest_whole(directory: Path, before: Path) -> Path | None:
+def newest_whole(directory: Path, before: Path, peers: Peers = ALL) -> Path | None:
     """The newest checkpoint in `directory`, older than `before`, whose every file is as it was written."""
-    for folder in reversed(on_first(lambda: steps(directory))):
+    for folder in reversed(peers.on_first(lambda: steps(directory))):
         if folder.name != before.name and (not _is_step(before) or _step(folder) < _step(before)):
             try:
-                verify_checkpoint(folder)
+                verify_checkpoint(folder, peers)
                 return folder
             except CheckpointError:
                 continue

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -26,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from openmoe.checkpoint.errors import CheckpointError, CheckpointWriteError
 from openmoe.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry, read_manifest
 from openmoe.checkpoint.pieces import Piece, fault_in
-from openmoe.checkpoint.together import dealt, is_first, on_every, on_first
+from openmoe.checkpoint.together import ALL, Peers
 
 PARTIAL = ".partial"  # not committed yet, or being deleted
 REPLACED = ".replaced"  # older checkpoint of the same step, until the newer one has its name
@@ -44,6 +43,7 @@ def write_checkpoint(
     milestone: bool,
     model: dict[str, Any],
     metadata: dict[str, Any],
+    peers: Peers = ALL,
 ) -> None:
     """Writes `tensors` and the rest as the checkpoint `folder`, in place of one that is there already.
 
@@ -54,9 +54,9 @@ def write_checkpoint(
     """
     partial = folder.with_name(folder.name + PARTIAL)
     try:
-        on_first(lambda: _make_empty(partial))
-        _write_tensors(partial, tensors)
-        files = _file_entries(partial)
+        peers.on_first(lambda: _make_empty(partial))
+        _write_tensors(partial, tensors, peers)
+        files = _file_entries(partial, peers)
 
         def finish() -> None:
             manifest = Manifest(
@@ -73,25 +73,25 @@ def write_checkpoint(
             _write_manifest(partial, manifest)
             _commit(partial, folder)
 
-        on_first(finish)
+        peers.on_first(finish)
     except OSError as error:
-        _give_up(partial)
+        _give_up(partial, peers)
         raise CheckpointWriteError(
             error.errno, f"{folder}: not written: {error.strerror or error}"
         ) from error
     except BaseException:
-        _give_up(partial)
+        _give_up(partial, peers)
         raise
 
 
-def verify_checkpoint(folder: Path) -> Manifest:
+def verify_checkpoint(folder: Path, peers: Peers = ALL) -> Manifest:
     """Reads every file of the checkpoint and compares it with the manifest.
 
     Raises CheckpointError naming the first file that is missing, too many, or not as it was written.
     """
-    manifest = on_first(lambda: _complete(folder))
+    manifest = peers.on_first(lambda: _complete(folder))
     names = sorted(manifest.files)
-    faults = on_every(lambda: _first_fault(folder, manifest, dealt(names)))
+    faults = peers.on_every(lambda: _first_fault(folder, manifest, peers.dealt(names)))
     fault = min((fault for fault in faults if fault), default=None)
     if fault:
         name, says = fault
@@ -100,7 +100,11 @@ def verify_checkpoint(folder: Path) -> Manifest:
 
 
 def read_checkpoint(
-    folder: Path, manifest: Manifest, tensors: dict[str, Tensor], model: dict[str, Any]
+    folder: Path,
+    manifest: Manifest,
+    tensors: dict[str, Tensor],
+    model: dict[str, Any],
+    peers: Peers = ALL,
 ) -> None:
     """Fills `tensors` in place from a verified checkpoint; `model` is the configuration of the model here.
 
@@ -116,13 +120,14 @@ def read_checkpoint(
         _compare_models(folder, manifest.model, model)
         _compare_tensors(folder, manifest.tensors, tensors)
 
-    on_every(compare)
-    on_first(lambda: _check_pieces(folder, manifest.tensors))
+    peers.on_every(compare)
+    peers.on_first(lambda: _check_pieces(folder, manifest.tensors))
     with _quiet(), _own_errors():
         dcp.load(
-            {name: tensor for name, tensor in tensors.items() if not _is_empty_part(tensor)},
+            tensors,
             storage_reader=dcp.HuggingFaceStorageReader(str(folder)),
-            no_dist=not dist.is_initialized(),
+            process_group=peers.group,
+            no_dist=not peers.are_several,
         )
 
 
@@ -161,13 +166,13 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _give_up(partial: Path) -> None:
+def _give_up(partial: Path, peers: Peers) -> None:
     """All processes have failed together, so none is writing any more."""
-    if is_first():
+    if peers.is_first:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], peers: Peers) -> None:
     # The first process decides for all. Its parts are the largest, so nobody's files are larger than its own.
     file_of, size = {}, 0
     for name, tensor in tensors.items():
@@ -179,18 +184,13 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         fqn_to_index_mapping={name: index[number] for name, number in file_of.items()},
         save_distributed=True,  # each process writes its part; no second file lists the tensors
     )
-    parts = {name: _contiguous(tensor) for name, tensor in tensors.items() if not _is_empty_part(tensor)}
+    contiguous = {name: _contiguous(tensor) for name, tensor in tensors.items()}
     with _quiet(), _own_errors():
-        dcp.save(parts, storage_writer=writer, no_dist=not dist.is_initialized())
+        dcp.save(contiguous, storage_writer=writer, process_group=peers.group, no_dist=not peers.are_several)
 
 
 def _part_here(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _is_empty_part(tensor: Tensor) -> bool:
-    """Does this process hold nothing of a tensor that others hold?"""
-    return isinstance(tensor, DTensor) and not tensor.to_local().numel()
 
 
 def _contiguous(tensor: Tensor) -> Tensor:
@@ -244,10 +244,10 @@ def _file_entry(path: Path) -> FileEntry:
         )
 
 
-def _file_entries(folder: Path) -> dict[str, FileEntry]:
+def _file_entries(folder: Path, peers: Peers) -> dict[str, FileEntry]:
     """Size and digest of all files, each of them read by one process."""
-    names = on_first(lambda: sorted(path.name for path in folder.iterdir()))
-    parts = on_every(lambda: {name: _file_entry(folder / name) for name in dealt(names)})
+    names = peers.on_first(lambda: sorted(path.name for path in folder.iterdir()))
+    parts = peers.on_every(lambda: {name: _file_entry(folder / name) for name in peers.dealt(names)})
     return {name: entry for part in parts for name, entry in part.items()}
 
 

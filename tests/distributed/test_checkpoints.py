@@ -5,9 +5,11 @@ import os
 import pickle
 import resource
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -26,7 +29,7 @@ from openmoe.checkpoint.manager import CheckpointManager, load_checkpoint, steps
 from openmoe.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from openmoe.checkpoint.state import training_tensors
 from openmoe.checkpoint.storage import read_checkpoint, verify_checkpoint, write_checkpoint
-from openmoe.checkpoint.together import dealt, on_every, on_first
+from openmoe.checkpoint.together import ALL, Peers
 from openmoe.model.config import ModelConfig
 from openmoe.optim.build import build_optimizer, state_dims
 from openmoe.optim.config import AdafactorConfig, AdamWConfig
@@ -321,7 +324,7 @@ def save_with_fault(run_dir: Path, fault: str, guilty: int) -> tuple[str, str, l
                 manager.save(training.tensors, **counts)
         except (CheckpointWriteError, RuntimeError) as raised:
             error = f"{type(raised).__name__}: {raised}"
-        left = on_first(lambda: " ".join(sorted(path.name for path in manager.directory.iterdir())))
+        left = ALL.on_first(lambda: " ".join(sorted(path.name for path in manager.directory.iterdir())))
     for folder in steps(manager.directory):
         verify_checkpoint(folder)
     return error, left, [path.name for path in steps(manager.directory)]
@@ -461,15 +464,46 @@ def test_only_the_first_rank_renames_and_deletes(pool: Pool, tmp_path: Path) -> 
     """Catches ranks that delete or rename what another one has already, or while one still writes."""
     (tmp_path / "checkpoints" / "step_9.partial").mkdir(parents=True)
     found = pool.run(life_of_a_run, 3, tmp_path)
-    assert found == [(["step_4.stale"], ["step_1", "step_3", "step_4.stale"])] * 3
+    assert [aside for aside, _ in found] == [["step_4.stale"], [], []]
+    assert found[0][1] == ["step_1", "step_3", "step_4.stale"]
+
+
+def slow(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        time.sleep(2.5)
+        return function(*args)
+
+    return call
+
+
+def save_and_load_slowly(folder: Path, slow_rank: int) -> bool:
+    """One rank takes longer, at each of its turns, than the default group waits."""
+    peers = Peers(dist.new_group(backend="gloo", timeout=timedelta(seconds=60)))
+    _set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+    tensors = {"model/a": torch.ones(4) * dist.get_world_size()}
+    counts = {"step": 1, "tokens_seen": 1, "milestone": False}
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == slow_rank:
+            for name in ("_make_empty", "_contiguous", "_file_entry", "_compare_tensors"):
+                patch.setattr(storage, name, slow(getattr(storage, name)))
+        write_checkpoint(folder, tensors, **counts, model={}, metadata={}, peers=peers)
+        tensors["model/a"].zero_()
+        load_checkpoint(folder, tensors, {}, peers)
+    return bool((tensors["model/a"] == dist.get_world_size()).all())
+
+
+@pytest.mark.parametrize("slow_rank", [0, 1])
+def test_a_rank_that_takes_long_is_waited_for(slow_rank: int, pool: Pool, tmp_path: Path) -> None:
+    """Catches a wait in the group whose limit is there to notice a hang of the training."""
+    assert pool.run(save_and_load_slowly, 2, tmp_path / "step_1", slow_rank) == [True, True]
 
 
 # --- the ways of doing it together
 
 
 def shares_of_work() -> tuple[list[int], list[int], int]:
-    mine = list(dealt(range(7)))
-    return mine, on_every(lambda: len(mine)), on_first(lambda: 10 + dist.get_rank())
+    mine = list(ALL.dealt(range(7)))
+    return mine, ALL.on_every(lambda: len(mine)), ALL.on_first(lambda: 10 + dist.get_rank())
 
 
 def test_work_is_dealt_out_and_its_results_are_everywhere(pool: Pool) -> None:
@@ -477,7 +511,11 @@ def test_work_is_dealt_out_and_its_results_are_everywhere(pool: Pool) -> None:
     found = pool.run(shares_of_work, 3)
     assert sorted(item for mine, _, _ in found for item in mine) == list(range(7))
     assert [rest for _, *rest in found] == [[[3, 2, 2], 10]] * 3
-    assert json.loads(json.dumps(dealt([1, 2]))) == on_every(lambda: [1, 2])[0] == on_first(lambda: [1, 2])
+    assert (
+        json.loads(json.dumps(ALL.dealt([1, 2])))
+        == ALL.on_every(lambda: [1, 2])[0]
+        == ALL.on_first(lambda: [1, 2])
+    )
 
 
 def first_error(guilty: list[int]) -> str:
@@ -486,7 +524,7 @@ def first_error(guilty: list[int]) -> str:
             raise CheckpointError(f"wrong on rank {dist.get_rank()}")
 
     try:
-        on_every(work)
+        ALL.on_every(work)
     except CheckpointError as error:
         return str(error)
     return ""
