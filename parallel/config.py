@@ -29,4 +29,7 @@ class ParallelConfig(BaseModel, strict=True, extra="forbid", frozen=True, allow_
     def check(self) -> Self:
         if self.zero_stage and self.engine != "deepspeed":
             raise ValueError(f"zero_stage={self.zero_stage}: allowed 0 unless parallel.engine=deepspeed")
+        if self.compile and self.recompute == "selective":
+            # What it keeps are results of single operations, which a compiled module does not show.
+            raise ValueError("recompute=selective: allowed none or full with parallel.compile=true")
         return self

@@ -71,6 +71,7 @@ OVERRIDES = [
     (["train.steps=3", "train.tokens=512"], ["steps=3", "tokens=512"]),
     (["train.micro_batch_rows=3"], ["train.micro_batch_rows=3", "4 rows of a data rank: 1, 2, 4"]),
     (["train.micro_batch_rows=0"], ["micro_batch_rows=0"]),
+    (["parallel.compile=true", "parallel.recompute=selective"], ["recompute=selective", "none or full"]),
     (["model.group_rows=3", "train.validation_rows=3"], ["global_batch_rows=4", "model.group_rows = 3"]),
     (["model.group_rows=2", "train.micro_batch_rows=1"], ["micro_batch_rows=1", "model.group_rows=2"]),
     (["model.group_rows=4"], ["train.validation_rows=2", "model.group_rows=4"]),
