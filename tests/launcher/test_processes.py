@@ -373,7 +373,8 @@ def test_rank_0_is_killed(together: Together) -> None:
 
 def test_what_all_ranks_find_is_told_once(together: Together) -> None:
     """Bug: a loss that is NaN is reported by each of 512 ranks."""
-    body = START + 'from openmoe.train.loop import NonFiniteLoss\nraise NonFiniteLoss("loss=nan at step 3")'
+    late = "time.sleep(0 if rank == 1 else 1)\nfrom openmoe.train.loop import NonFiniteLoss\n"
+    body = START + late + 'raise NonFiniteLoss("loss=nan at step 3")'
     ended = together(3, body)
     assert check_refused(ended, code=3) == "error: loss=nan at step 3"
 
