@@ -73,7 +73,7 @@ class Processes:
         """From here on `log` is the rank's file, where there are several processes; `text` opens it."""
 
     def watchdog(self, describe_group: Callable[[str], str]) -> NoWatchdog:
-        """To be entered around the training."""
+        """To be entered around the training; `agree` pauses it."""
         return NO_WATCHDOG
 
 
@@ -94,17 +94,19 @@ class JoinedProcesses(Processes):
         self._start_timeout = timedelta(seconds=start_timeout_seconds)
         self._timeout_seconds = timeout_seconds
         self._group: dist.ProcessGroup | None = None  # for agreeing, once there are groups
+        self._watchdog = NO_WATCHDOG
 
     def agree(self, work: Callable[[], Result]) -> Result:
         result: Result | None = None
         error: BaseException | None = None
-        try:
-            result = work()
-        except AgreedFailure:
-            raise  # of an agreement inside `work`
-        except (Exception, KeyboardInterrupt) as raised:
-            error = raised
-        found = self._exchange("" if error is None else json.dumps(asdict(failure_of(error))))
+        with self._watchdog.pause():
+            try:
+                result = work()
+            except AgreedFailure:
+                raise  # of an agreement inside `work`
+            except (Exception, KeyboardInterrupt) as raised:
+                error = raised
+            found = self._exchange("" if error is None else json.dumps(asdict(failure_of(error))))
         failures = [Failure(**json.loads(text)) if text else None for text in found]
         first = next((rank for rank, failure in enumerate(failures) if failure), None)
         if first is None:
@@ -161,7 +163,8 @@ class JoinedProcesses(Processes):
         self.log = self.agree(lambda: RankLog(run_dir, self.rank, text))
 
     def watchdog(self, describe_group: Callable[[str], str]) -> NoWatchdog:
-        return Watchdog(self.rank, self._timeout_seconds, describe_group, self.log.fileno())
+        self._watchdog = Watchdog(self.rank, self._timeout_seconds, describe_group, lambda: self.log.fileno())
+        return self._watchdog
 
     def report(self, error: BaseException) -> int:
         """Says what went wrong unless another process does; returns the exit code."""

@@ -19,6 +19,8 @@ import torch.distributed as dist
 _LOOK_SECONDS = 1.0
 # For the rank's log, which may lie on the very disk that hangs.
 _LOG_SECONDS = 5.0
+# Before the end: the others, for whom the same time is over, must not lose contact before they have spoken.
+_OTHERS_SECONDS = 2.0
 _EXIT_CODE = 3
 
 
@@ -70,9 +72,10 @@ class Watchdog(NoWatchdog):
         rank: int,
         timeout_seconds: float,
         describe_group: Callable[[str], str],
-        log_fd: int | None = None,
+        log_fd: Callable[[], int | None] = lambda: None,
     ) -> None:
-        """`describe_group("expert")` -> "ranks 0 1 2 3"; `log_fd` an open file of this rank, or None."""
+        """`describe_group("expert")` -> "ranks 0 1 2 3"; `log_fd()` an open file of this rank, None where
+        there is none yet."""
         self.rank = rank
         self.timeout_seconds = timeout_seconds
         self._describe_group = describe_group
@@ -138,8 +141,11 @@ class Watchdog(NoWatchdog):
             seen = found
             if still >= self.timeout_seconds:
                 self._bark(still)
+                time.sleep(_OTHERS_SECONDS)
+                os._exit(_EXIT_CODE)
 
     def _bark(self, seconds: float) -> None:
+        """Says where this rank is."""
         at = f"at step {self._step}" if self._step is not None else "before the first step"
         if self._group is None:
             place = "before any collective"
@@ -151,13 +157,13 @@ class Watchdog(NoWatchdog):
         writing = threading.Thread(target=self._write_log, args=(line,), daemon=True)
         writing.start()
         writing.join(_LOG_SECONDS)
-        os._exit(_EXIT_CODE)
 
     def _write_log(self, line: str) -> None:
-        if self._log_fd is not None:
+        log_fd = self._log_fd()
+        if log_fd is not None:
             with contextlib.suppress(OSError):
-                os.write(self._log_fd, line.encode())
-                faulthandler.dump_traceback(self._log_fd)
+                os.write(log_fd, line.encode())
+                faulthandler.dump_traceback(log_fd)
 
 
 def is_lost_contact(error: BaseException) -> bool:

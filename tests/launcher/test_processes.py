@@ -379,17 +379,25 @@ def test_what_all_ranks_find_is_told_once(together: Together) -> None:
     assert check_refused(ended, code=3) == "error: loss=nan at step 3"
 
 
-def test_a_rank_that_hangs(together: Together) -> None:
-    """Bug: the watchdog of a run is not the watchdog of its config."""
-    fault = "time.sleep(60)"
-    ended = together(3, START + WATCHED.format(fault=fault), "parallel.timeout_seconds=1")
+def test_a_rank_that_hangs(together: Together, tmp_path: Path) -> None:
+    """Bug: the watchdog of a run is not the one of its config, has no log, or takes long work for a hang."""
+    begin, loop = WATCHED.format(fault="time.sleep(60)").split("as watchdog:\n")
+    patient = """
+    processes.agree(lambda: time.sleep(2 * rank))
+    processes.open_log(__import__("pathlib").Path(config.run.dir), "")
+"""
+    body = f"{START}{begin}as watchdog:{patient}{loop}"
+    ended = together(3, body, "parallel.timeout_seconds=1")
     assert ended.codes == [3, 3, 3]
-    assert ended.seconds < 15
+    assert ended.seconds < 30
     assert len(ended.errors) == 3
     for rank, line in enumerate(ended.errors):
         assert line.startswith(
             f"error: rank {rank}: nothing has moved for 1 s at step 17 after all_reduce in"
         )
+        log = (tmp_path / f"run/logs/rank_{rank:05d}.log").read_text()
+        assert line in log
+        assert "Thread" in log
 
 
 def test_ctrl_c(together: Together) -> None:

@@ -43,7 +43,7 @@ def test_a_rank_that_stops_is_reported_by_the_others(tmp_path: Path) -> None:
     """Bug: a run waits for ever for a rank that hangs; or ends without saying where it was."""
     codes, stderr, seconds = run("stop", tmp_path)
     assert codes == [3, -signal.SIGKILL, 3]  # the parent kills the stopped one
-    assert TIMEOUT <= seconds < TIMEOUT + 3
+    assert TIMEOUT <= seconds < TIMEOUT + 8
     place = "at step 3 after all_reduce in group world (ranks 0 1 2), collective 2 of the step"
     lines = sorted(line for line in stderr.splitlines() if line.startswith("error: "))
     assert len(lines) == 2, stderr
@@ -129,7 +129,7 @@ def one_rank(case: str, folder: Path, rank: int) -> None:
     store = (folder / "store").as_uri()
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=limit)
     log = os.open(folder / f"log_{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    with Watchdog(rank, TIMEOUT, describe, log) as watchdog:
+    with Watchdog(rank, TIMEOUT, describe, lambda: log) as watchdog:
         for step in range(1, 5):
             watchdog.step(step)
             for number in range(3):
