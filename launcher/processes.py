@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from openmoe.checkpoint.together import Peers
 from openmoe.launcher.errors import ConfigError, Failure, failure_of
 from openmoe.launcher.rank_log import NO_LOG, NoLog, RankLog, quiet_unless
 from openmoe.launcher.rendezvous import AgreedFailure, Meeting, Place
@@ -46,6 +47,7 @@ class Processes:
 
     rank, world_size, local_rank = 0, 1, 0
     log: NoLog = NO_LOG
+    peers = Peers()  # for work on a checkpoint; several processes have a group for it after `start`
 
     def agree(self, work: Callable[[], Result]) -> Result:
         """What `work` returns here. Where it raises on any process, all leave this call with AgreedFailure.
@@ -155,6 +157,7 @@ class JoinedProcesses(Processes):
             self._group = dist.new_group(backend="gloo", timeout=self._start_timeout, group_desc="agree")
             self._exchange("")  # a rank that could not connect would only be missed hours later
             _set_pg_timeout(_LONGEST_WAIT, self._group)
+            self.peers = Peers(self._group)
         except RuntimeError as error:
             raise self._lost("while the processes were connected", error) from error
         return device

@@ -72,7 +72,7 @@ def train(config: Config, processes: Processes = ALONE) -> None:
         if resume_from is not None:
             tensors = training_tensors(model, optimizer, ranks)
             with watchdog.pause():
-                manifest = load_checkpoint(resume_from, tensors, model_identity(config))
+                manifest = load_checkpoint(resume_from, tensors, model_identity(config), processes.peers)
             step, tokens_seen = manifest.step, manifest.tokens_seen
             restore_counters(optimizer, tensors, step)
             processes.agree(lambda: loader.load_state_dict(manifest.metadata["data"]))
@@ -86,7 +86,7 @@ def train(config: Config, processes: Processes = ALONE) -> None:
         # Everything that can be wrong with the input has been found; from here on files are written.
         is_first = processes.rank == 0
         processes.agree(lambda: stack.enter_context(hold_folder(config, resume_from)) if is_first else None)
-        checkpoints = CheckpointManager(run_dir, config.checkpoint)
+        checkpoints = CheckpointManager(run_dir, config.checkpoint, processes.peers)
         checkpoints.set_aside_newer(step)  # before their lines go: a crash in between must leave them some
         outputs = processes.agree(
             lambda: (
