@@ -36,7 +36,7 @@ class Experts(nn.Module):
         Rows after the last end belong to no expert; what comes out there is undefined.
         """
         wi_0, wi_1, wo = self._weights(x.dtype)
-        bounds = None if _has_grouped_gemm(x, wi_1) else [0, *ends.tolist()]
+        bounds = None if len(x) and _has_grouped_gemm(x, wi_1) else [0, *ends.tolist()]
         h_0 = grouped_mm(x, wi_0, ends, bounds).unflatten(-1, (-1, wi_1.shape[1]))
         return grouped_mm(gate(h_0, grouped_mm(x, wi_1, ends, bounds)), wo, ends, bounds)
 
