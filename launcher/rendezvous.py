@@ -154,7 +154,7 @@ class Meeting:
                 if self.place.store_is_there or _listens(self.place):
                     self._store.add("left", 1)
                 return
-            deadline, others = _soon(), self._store.add("here", 0) - 1
+            deadline, others = _soon(), self._store.add("entered", 0) - 1
             while self._store.add("left", 0) < others and time.monotonic() < deadline:
                 time.sleep(_LOOK_SECONDS[0])
         except dist.DistError:
@@ -163,6 +163,7 @@ class Meeting:
     def _meet(self, deadline: float) -> None:
         place, store = self.place, self._store
         try:
+            store.add("entered", 1)  # whatever rank it has
             if store.add(f"here/{place.rank}", 1) > 1:
                 self._give_up(f"RANK={place.rank}: two processes have it; allowed one")
             elif store.add("here", 1) == place.world_size and store.add("verdicts", 1) == 1:
