@@ -18,9 +18,6 @@ class NoLog:
     def write(self, text: str) -> None:
         """One entry, after the time."""
 
-    def step(self, number: int, seconds: float) -> None:
-        """The end of an update, on this rank."""
-
     def fileno(self) -> int | None:
         """Of an open file, for words from outside Python."""
         return None
@@ -59,9 +56,6 @@ class RankLog(NoLog):
         clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
         with contextlib.suppress(OSError):
             os.write(self._file, f"{clock}.{int(now % 1 * 1000):03d} {text}\n".encode(errors="replace"))
-
-    def step(self, number: int, seconds: float) -> None:
-        self.write(f"step {number}: {seconds:.4f} s")
 
     def fileno(self) -> int:
         return self._file
