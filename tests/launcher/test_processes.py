@@ -157,7 +157,7 @@ def test_a_good_run(together: Together, tmp_path: Path) -> None:
         assert x.item() == 7
         import warnings
         warnings.warn("mind this")
-        processes.log.step(1, 0.25)
+        processes.log.write("a word")
     """
     ended = together(3, body)
     assert ended.codes == [0, 0, 0], ended.stderr
@@ -165,10 +165,10 @@ def test_a_good_run(together: Together, tmp_path: Path) -> None:
     assert "mind this" in ended.stderr[0]
     assert ended.stderr[1:] == ["", ""]
     for rank in range(3):
-        start, warning, *_, step = (tmp_path / f"run/logs/rank_{rank:05d}.log").read_text().splitlines()
+        start, warning, *_, word = (tmp_path / f"run/logs/rank_{rank:05d}.log").read_text().splitlines()
         assert re.match(rf"\d{{4}}-.*\.\d{{3}} start of rank {rank} on .*: cpu, data rank {rank}$", start)
         assert "WARNING py.warnings: " in warning
-        assert step.endswith("step 1: 0.2500 s")
+        assert word.endswith("a word")
 
 
 def test_one_process_of_one_has_a_group(together: Together) -> None:
