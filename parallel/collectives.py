@@ -17,7 +17,7 @@ from openmoe.parallel.topology import GroupName
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
-# (group, kind, bytes that one rank holds of the larger side) before each collective.
+# (group, kind, bytes) before each collective: bytes of the larger side, or what is sent to all.
 Observer = Callable[[GroupName, str, int], None]
 
 
@@ -53,7 +53,7 @@ class Group:
         """Rows of x go to the ranks in order, `send[i]` of them to rank i; None = equal shares."""
         x = x.contiguous()  # first: empty_like keeps the strides
         out = torch.empty_like(x) if receive is None else x.new_empty(sum(receive), *x.shape[1:])
-        self.observe(self.name, "all_to_all", max(x.nbytes, out.nbytes))
+        self.observe(self.name, "all_to_all", x.nbytes)
         dist.all_to_all_single(out, x, receive, send, self.group)
         return out
 

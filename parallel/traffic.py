@@ -3,7 +3,8 @@
 A test holds it against what training really sends.
 
 Bytes are those of the larger side of a collective on one rank: of the whole that is gathered, of all parts
-that are reduced. Over n ranks a ring moves (n - 1) / n of it through each link, an all-reduce twice that.
+that are reduced; of an all-to-all what is sent. Over n ranks a ring moves (n - 1) / n of it through each
+link, an all-reduce twice that.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,7 @@ class Traffic:
     kind: Kind
     times: int  # in one update
     size_bytes: int  # of each
-    at_most: bool = False  # the size depends on the tokens or the routing
+    at_most: bool = False  # on the mean over ranks; the tokens and their routing decide
 
     @property
     def total_bytes(self) -> int:
@@ -111,7 +112,7 @@ def _sequences(step: Step) -> Iterator[Traffic]:
     model, rows = step.model, step.micro_batches
     size = step.micro_batch_rows * step.seq_len * model.d_model * step.compute_bytes
     in_blocks = 2 * model.n_layers * rows  # attention and FFN
-    again = 0 if step.parallel.recompute == "none" else in_blocks
+    again = in_blocks if step.parallel.recompute == "full" else 0
     # Forward: a gather and a scatter in each, a scatter after the embedding, a gather before the head.
     yield Traffic("activations", "tensor", "all_gather", 2 * in_blocks + again + 2 * rows, size)
     yield Traffic("activations", "tensor", "reduce_scatter", 2 * in_blocks + again + 2 * rows, size)
@@ -131,7 +132,7 @@ def _tokens(step: Step) -> Iterator[Traffic]:
     """Tokens to their experts and back, and the choices that slots are given out by."""
     model, topology = step.model, step.topology
     layers = len(model.moe_layers) * step.micro_batches
-    again = 0 if step.parallel.recompute == "none" else layers
+    again = layers if step.parallel.recompute == "full" else 0
     tokens = step.micro_batch_rows * step.seq_len
     yield Traffic("choices", "tensor", "all_gather", layers + again, tokens * model.top_k * 8)
     if not layers or topology.expert == 1:

@@ -19,13 +19,14 @@ from openmoe.launcher.schema import Config
 from openmoe.optim.build import build_optimizer
 from openmoe.optim.schedules import learning_rate
 from openmoe.parallel.build import build
+from openmoe.parallel.collectives import Observer
 from openmoe.parallel.ranks import Ranks, ShardedRanks
 from openmoe.parallel.topology import Topology, check_fit
 from openmoe.train.record import step_metrics
 from openmoe.train.step import MicroBatch, micro_batches, train_step
+from tests.distributed.device import device
 from tests.distributed.layouts import Variant
 
-CPU = torch.device("cpu")
 ONE = Topology(1, 1, 1, 1, 1)
 STEPS = 12
 TOKENS_PER_STEP = 1024  # so that more rows are shorter ones, and every batch costs the same
@@ -107,11 +108,16 @@ def arrays(step: int, rows: int, seq_len: int, vocab_size: int) -> dict[str, np.
 class Training:
     """One rank of a training, or all of it where there is no process group."""
 
-    def __init__(self, setup: Setup, topology: Topology, precision: str) -> None:
+    def __init__(
+        self, setup: Setup, topology: Topology, precision: str, observe: Observer = lambda *_: None
+    ) -> None:
         config = setup.config
         train = config.train
         self.config, self.topology = config, topology
-        self.model, self.ranks = build(config.model, config.parallel, topology, precision, CPU, seed=0)
+        self.device = device()
+        self.model, self.ranks = build(
+            config.model, config.parallel, topology, precision, self.device, seed=0, observe=observe
+        )
         rows = topology.rows_of(self.ranks.rank, train.global_batch_rows)
         self.rows = rows
         self.micro_batch_rows = (rows.stop - rows.start) // setup.variant.micro_batches
@@ -124,9 +130,8 @@ class Training:
         whole = arrays(step, train.global_batch_rows, train.seq_len, self.config.model.vocab_size)
         own = {name: array[self.rows] for name, array in whole.items()}
         packed = bool(whole["segment_ids"].max() > 1)
-        return micro_batches(own, self.micro_batch_rows, CPU, packed=packed), float(
-            whole["loss_weights"].sum()
-        )
+        micro = micro_batches(own, self.micro_batch_rows, self.device, packed=packed)
+        return micro, float(whole["loss_weights"].sum())
 
     def step(self, number: int, optimizer: Any = None) -> dict[str, Any]:
         micro, loss_tokens = self.batch(number)
@@ -237,7 +242,7 @@ class Findings:
 
 def train_under_layout(setup: Setup, topology: Topology, reference_file: Path) -> Findings:
     """The case of one rank."""
-    reference: Reference = torch.load(reference_file, weights_only=False, mmap=True)
+    reference: Reference = torch.load(reference_file, device(), weights_only=False)
     training = Training(setup, topology, "fp64")
     metrics = [training.step(number) for number in range(STEPS)]
     training = Training(setup, topology, "fp32")

@@ -140,16 +140,22 @@ def attempt(job: Job) -> Outcome:
 
 
 def enter_world(job: Job) -> None:
-    """The default process group, with gloo."""
+    """The default process group."""
     import torch
     import torch.distributed as dist
 
+    from tests.distributed.device import BACKEND, gpu
+
     torch.manual_seed(0)
+    device = gpu(job.rank)
+    if device is not None:
+        torch.cuda.set_device(device)
     dist.init_process_group(
-        "gloo",
+        BACKEND,
         # Clients of a TCPStore wait for five seconds now and then before they connect.
         store=dist.FileStore(job.store, job.world_size),
         rank=job.rank,
         world_size=job.world_size,
         timeout=timedelta(seconds=job.timeout_seconds + 60),  # the pool is earlier
+        device_id=device,
     )

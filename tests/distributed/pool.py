@@ -18,6 +18,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
+from tests.distributed.device import ON_GPUS
 from tests.distributed.nursery import END, FORK, Job, Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,8 +32,7 @@ MESSAGE_BYTES = 1 << 16
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",  # whatever the host's name resolves to
-    "CUDA_VISIBLE_DEVICES": "",
-}
+} | ({} if ON_GPUS else {"CUDA_VISIBLE_DEVICES": ""})
 
 
 class CaseFailed(Exception):
@@ -77,6 +80,8 @@ class Pool:
         time was over.
         """
         __tracebackhide__ = True
+        if ON_GPUS and world_size > torch.cuda.device_count():
+            pytest.skip(f"needs {world_size} GPUs, there are {torch.cuda.device_count()}")
         call = pickle.dumps((function, args))
         self._fork(world_size)
         try:

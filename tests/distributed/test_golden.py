@@ -15,6 +15,7 @@ from openmoe.parallel.topology import Topology
 from openmoe.train.config import TrainConfig
 from openmoe.train.record import step_metrics
 from openmoe.train.step import micro_batches, train_step
+from tests.distributed.device import device
 from tests.distributed.layouts import name_of
 from tests.distributed.pool import Pool
 from tests.parity.golden import Case, converted, golden_files, released_config
@@ -41,8 +42,8 @@ def worst_differences(path: Path, topology: Topology) -> dict[str, float]:
     config = config.model_copy(
         update={"group_rule": "rows", "group_rows": tokens // groups // arrays.shape[1]}
     )
-    device, optim = torch.device("cpu"), AdafactorConfig(name="adafactor")
-    model, ranks = build(config, ParallelConfig(), topology, "fp32", device, seed=0)
+    optim = AdafactorConfig(name="adafactor")
+    model, ranks = build(config, ParallelConfig(), topology, "fp32", device(), seed=0)
     assert isinstance(ranks, ShardedRanks)
     parts = {name: layout.slices(topology, ranks.rank) for name, layout in ranks.layouts.items()}
     parameters = dict(ranks.named_parameters())
@@ -63,7 +64,7 @@ def worst_differences(path: Path, topology: Topology) -> dict[str, float]:
         whole = step_arrays(case, entry["step"])
         rows = topology.rows_of(ranks.rank, len(whole["input_tokens"]))
         own = {name: array[rows] for name, array in whole.items()}
-        micro = micro_batches(own, (rows.stop - rows.start) // blocks, device, packed=False)
+        micro = micro_batches(own, (rows.stop - rows.start) // blocks, device(), packed=False)
         rate = learning_rate(optim.schedule, entry["step"])
         result = train_step(model, optimizer, micro, 0, rate, train, ranks)
         line, _ = step_metrics(result, config.moe_layers, ranks, {})
@@ -75,7 +76,7 @@ def worst_differences(path: Path, topology: Topology) -> dict[str, float]:
         after = case.under(f"params_step{entry['step'] + 1}")
         for name, value in converted(after, config).items():
             if parameters[name].numel():
-                difference = (parameters[name].detach() - value[parts[name]]).abs().max().item()
+                difference = (parameters[name].detach().cpu() - value[parts[name]]).abs().max().item()
                 differences["parameters"] = max(differences.get("parameters", 0.0), difference)
         for name, difference in differences.items():
             worst[name] = max(worst[name], difference)

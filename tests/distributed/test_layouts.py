@@ -84,7 +84,7 @@ def check(
     case = setup(topology, variant, n_layers)
     file = reference(case)
     ranks = pool.run(train_under_layout, topology.world_size, case, topology, file, timeout_seconds=120)
-    found = compare(case, topology, torch.load(file, weights_only=False), ranks)
+    found = compare(case, topology, torch.load(file, "cpu", weights_only=False), ranks)
     assert found.within_limits(), found
 
 
