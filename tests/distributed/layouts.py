@@ -1,5 +1,6 @@
 """Which layouts are tried, and with what: lists in which any two choices meet somewhere."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -101,7 +102,8 @@ def most_new(topology: Topology, variants: Iterable[Variant], left: Counter[Pair
     equal ones one that is soon done. From now on its properties have met."""
 
     def value(variant: Variant) -> tuple[float, float]:
-        return sum(1 / left[pair] for pair in pairs(topology, variant) - met), -cost(variant)
+        # Exactly, as the order of a set is another one in each process.
+        return math.fsum(1 / left[pair] for pair in pairs(topology, variant) - met), -cost(variant)
 
     best = max(variants, key=value)
     met |= pairs(topology, best)
