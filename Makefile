@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ROOMS := $(filter-out tests,$(patsubst %/__init__.py,%,$(wildcard */__init__.py)))
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-input
 
-.PHONY: install format check test test-distributed test-xla demo clean
+.PHONY: install format check test test-distributed test-gpu test-xla demo clean
 
 install: $(VENV)/.installed
 
@@ -45,6 +45,10 @@ test: $(VENV)/.installed
 # An empty -m takes in what `make test` leaves out.
 test-distributed: $(VENV)/.installed
 	@$(VENV)/bin/python -m pytest -q -m "" tests/distributed
+
+# The same cases with NCCL, each rank on a GPU of its own; those with more ranks than GPUs are skipped.
+test-gpu: $(VENV)/.installed
+	@OPENMOE_TEST_DEVICE=cuda $(VENV)/bin/python -m pytest -q -m "" tests/train/test_step.py $(addprefix tests/distributed/test_,layouts.py gradient_groups.py golden.py traffic.py)
 
 # Level 0 makes the CPU back end compile several times faster; the traced program is the same.
 # The second line runs the shared path on torch 2.9 without XLA.

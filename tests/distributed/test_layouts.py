@@ -89,6 +89,13 @@ def check(
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("model", MODELS)
+def test_one_rank_with_a_group(pool: Pool, reference: Callable[[Setup], Path], model: str) -> None:
+    """Catches a sharded path that needs a second rank; all that a single GPU can try."""
+    check(pool, reference, Topology(1, 1, 1, 1, 1), Variant(model))
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("topology", "variant"),
     one_variant_each(),
