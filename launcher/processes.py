@@ -27,15 +27,21 @@ from openmoe.launcher.errors import ConfigError, Failure, failure_of
 from openmoe.launcher.rank_log import NO_LOG, NoLog, RankLog, quiet_unless
 from openmoe.launcher.rendezvous import AgreedFailure, Meeting, Place
 from openmoe.launcher.sameness import describe_difference, differences
-from openmoe.parallel.watchdog import NO_WATCHDOG, LostContact, NoWatchdog, Watchdog, is_lost_contact, reason
+from openmoe.parallel.watchdog import (
+    GRACE_SECONDS,
+    NO_WATCHDOG,
+    LostContact,
+    NoWatchdog,
+    Watchdog,
+    is_lost_contact,
+    reason,
+)
 from openmoe.train.loop import NonFiniteLoss
 
 Result = TypeVar("Result")
 
 # What is agreed on may be hours of preparation on one rank; one that dies is noticed at once all the same.
 _LONGEST_WAIT = timedelta(days=7)
-# A collective's own limit is later than the watchdog's, which has more to say.
-_GRACE_SECONDS = 30.0
 # A rank that lost another one lets that one speak first; where a launcher ends all, it has done so by then.
 FOLLOWER_SECONDS = 2.0
 # For a process group to close. After a failure it may wait for a rank that is gone.
@@ -151,7 +157,7 @@ class JoinedProcesses(Processes):
                 store=self._meeting.store("group"),
                 rank=self.rank,
                 world_size=self.world_size,
-                timeout=timedelta(seconds=self._timeout_seconds + _GRACE_SECONDS),
+                timeout=timedelta(seconds=self._timeout_seconds + GRACE_SECONDS),
                 device_id=device if use_cuda else None,
             )
             self._group = dist.new_group(backend="gloo", timeout=self._start_timeout, group_desc="agree")

@@ -63,7 +63,7 @@ def train(config: Config, processes: Processes = ALONE) -> None:
         torch.manual_seed(config.run.seed)
         model, ranks = build(
             config.model, config.parallel, topology, config.train.precision, device, config.run.seed,
-            observe=watchdog.enter,
+            observe=watchdog.enter, beat=watchdog.beat,
         )  # fmt: skip
         optimizer = build_optimizer(config.optim, ranks.named_parameters(), ranks.shards)
         held_back = processes.agree(lambda: _held_back(config, loader, device, ranks))
@@ -82,15 +82,16 @@ def train(config: Config, processes: Processes = ALONE) -> None:
         repetitions = processes.agree(lambda: loader.repetitions(total_steps))
 
         # Until all is closed: a second SIGTERM must not undo a good end.
-        stop = stack.enter_context(StopSignals())
+        closing = stack.enter_context(ExitStack())
+        stop = closing.enter_context(StopSignals())
         # Everything that can be wrong with the input has been found; from here on files are written.
         is_first = processes.rank == 0
-        processes.agree(lambda: stack.enter_context(hold_folder(config, resume_from)) if is_first else None)
+        processes.agree(lambda: closing.enter_context(hold_folder(config, resume_from)) if is_first else None)
         checkpoints = CheckpointManager(run_dir, config.checkpoint, processes.peers)
         checkpoints.set_aside_newer(step)  # before their lines go: a crash in between must leave them some
         outputs = processes.agree(
             lambda: (
-                stack.enter_context(open_outputs(config, step, wandb_run_id, total_steps))
+                closing.enter_context(open_outputs(config, step, wandb_run_id, total_steps))
                 if is_first
                 else None
             )
@@ -125,6 +126,8 @@ def train(config: Config, processes: Processes = ALONE) -> None:
         _fit(run, stop, say, run_dir)
         if outputs:
             outputs.exit_code = 0
+        with watchdog.pause():  # W&B may take its time
+            closing.close()
 
 
 def lay_out(config: Config, world_size: int) -> Topology:

@@ -140,7 +140,12 @@ class Decoder(nn.Module):
         return linear_cross_entropy(chosen, self.head_weight, targets, self.ranks)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[..., vocab_size]` in float32 or wider, for generation and analysis."""
+        """`[..., vocab_size]` in float32 or wider, for generation and analysis.
+
+        Raises ValueError where tensor ranks share rows and vocabulary.
+        """
+        if self.ranks.size > 1:
+            raise ValueError(f"logits of {self.ranks.size} tensor ranks: allowed where one has all of them")
         wide = torch.promote_types(hidden.dtype, torch.float32)
         return hidden.to(wide) @ self.head_weight.to(wide).t()
 

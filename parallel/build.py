@@ -1,5 +1,7 @@
 """From a config to a model on its device, whole or this rank's part of it."""
 
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -18,6 +20,7 @@ from openmoe.parallel.parallelize import Sharding, parallelize, prepare_blocks
 from openmoe.parallel.placement import parameter_layouts
 from openmoe.parallel.ranks import OneProcess, Ranks, ShardedRanks
 from openmoe.parallel.topology import Topology, TopologyError
+from openmoe.parallel.watchdog import GRACE_SECONDS
 
 # precision -> (dtype of parameters and optimizer state, dtype of activations)
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
@@ -35,18 +38,22 @@ def build(
     device: torch.device,
     seed: int,
     observe: Observer = lambda group, kind, size_bytes: None,
+    beat: Callable[[], None] = lambda: None,
 ) -> tuple[Decoder, Ranks]:
     """The model with its initial values, and what training needs of the other processes.
 
     With a process group each rank builds its own part, also where there is but one rank; without one the
-    model is whole. Nothing is materialised before its final place is known.
+    model is whole. Nothing is materialised before its final place is known. `observe` is told of each
+    collective, `beat` of each forward pass.
     """
     if not dist.is_initialized():
         model = build_decoder(config, precision, device, seed)
         prepare_blocks(model, parallel.recompute, parallel.compile)
         return model, OneProcess(model)
     parameter_dtype, compute_dtype = DTYPES[precision]
-    meshes = build_meshes(topology, device.type)
+    # The watchdog, which knows more, comes first.
+    limit = timedelta(seconds=parallel.timeout_seconds + GRACE_SECONDS)
+    meshes = build_meshes(topology, device.type, limit)
     groups = {name: Group(name, group, observe) for name, group in meshes.groups.items()}
     with torch.device("meta"):
         model = Decoder(
@@ -66,7 +73,7 @@ def build(
         recompute=parallel.recompute,
         compile_modules=parallel.compile,
     )
-    return model, ShardedRanks(model, topology, groups, layouts, meshes)
+    return model, ShardedRanks(model, topology, groups, layouts, meshes, beat)
 
 
 def build_decoder(config: ModelConfig, precision: str, device: torch.device, seed: int) -> Decoder:

@@ -16,7 +16,8 @@ class ParallelConfig(BaseModel, strict=True, extra="forbid", frozen=True, allow_
     # Between the ranks of an expert group: fixed sends all slots, uneven only the kept rows. auto: fixed
     # where whole routing groups with a capacity lie on each rank (tensor=1, not dropless).
     exchange: Literal["auto", "fixed", "uneven"] = "auto"
-    # What a backward pass computes again: nothing, all but matrix products and attention, or all of a block.
+    # What a backward pass computes again: nothing; of norms, attention, FFN and experts all but what is
+    # expensive (their inputs are kept); or all of a block.
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False  # attention, FFN and norms through torch.compile
     zero_stage: int = Field(0, ge=0, le=3)  # DeepSpeed only

@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from openmoe.parallel.topology import GROUP_NAMES, GroupName, Topology, TopologyError
 
@@ -24,11 +26,13 @@ class Meshes:
     groups: dict[GroupName, dist.ProcessGroup]
 
 
-def build_meshes(topology: Topology, device_type: str) -> Meshes:
+def build_meshes(topology: Topology, device_type: str, limit: timedelta | None = None) -> Meshes:
     """Meshes and groups over all ranks of the default process group, which every rank must call together.
 
     On GPUs pass `device_id` to init_process_group: the groups of an axis are then split off in one call, and
     otherwise made one by one.
+
+    `limit` is how long a collective of theirs may wait; None: as torch has it, half an hour.
 
     Raises TopologyError if the default group has another size, RuntimeError if a group is not the table's.
     """
@@ -48,6 +52,9 @@ def build_meshes(topology: Topology, device_type: str) -> Meshes:
         groups[product] = _group_of_axes(topology, product, groups)
     groups["loss"] = groups["data"]
     _compare_with_tables(topology, groups)
+    if limit is not None:  # torch gives a mesh's groups its own default, not the default group's
+        for group in groups.values():
+            _set_pg_timeout(limit, group)
     return Meshes(dense, expert, groups)
 
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import Shard
 from openmoe.model.config import ModelConfig
 from openmoe.model.decoder import Block, Decoder
 from openmoe.model.init import fill
+from openmoe.model.layers import Attention, FeedForward, RMSNorm
 from openmoe.parallel.collectives import ObservedAllGather, ObservedReduceScatter, Observer
 from openmoe.parallel.meshes import Meshes
 from openmoe.parallel.placement import ParameterLayout
@@ -37,11 +38,18 @@ class Sharding:
         for block in cast(list[Block], list(model.layers)):
             if block.moe is not None:
                 self._shard(block.moe.experts, layout_of, self.compute_dtype, "expert_shard")
-                self._shard(block.moe.router, layout_of, None, "shard")  # routes in float32 or wider
+                # Routes in float32 or wider; a few numbers, not worth a second gather.
+                self._shard(block.moe.router, layout_of, None, "shard", keep_whole=True)
             self._shard(block, layout_of, self.compute_dtype, "shard")
-        # Embedding, last norm and head. They stay whole from the forward to the backward pass, as the loss
-        # reads the head outside of `forward`.
-        self._shard(model, layout_of, self.compute_dtype, "shard", keep_whole=True)
+        # Gradients of a frequent token are thousands of terms, added up in the type of the weights: so the
+        # embedding travels in its own. Once rows are looked up it is not needed any more.
+        tied = model.head is None
+        if not tied:
+            self._shard(model.embedding, layout_of, None, "shard")
+            cast(FSDPModule, model.embedding).set_unshard_in_backward(False)
+        # Last norm and head, which may be the embedding. They stay whole from the forward to the backward
+        # pass, as the loss reads the head outside of `forward`.
+        self._shard(model, layout_of, None if tied else self.compute_dtype, "shard", keep_whole=True)
 
     def _shard(
         self,
@@ -103,8 +111,9 @@ def prepare_blocks(model: Decoder, recompute: Recompute, compile_modules: bool) 
     for block in cast(list[Block], list(model.layers)):
         if compile_modules:
             # One by one: between them lie collectives and the dispatch, whose shapes follow from the routing.
-            for module in (block.attention, block.ffn, block.attention_norm):
-                module.compile()
+            for module in block.modules():
+                if isinstance(module, Attention | FeedForward | RMSNorm):
+                    module.compile()
         recompute_block(block, recompute)
 
 

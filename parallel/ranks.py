@@ -1,6 +1,6 @@
 """What training needs of the other processes: which rows are its own, sums, and complete gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -110,7 +110,9 @@ class ShardedRanks:
         groups: dict[GroupName, Group],
         layouts: dict[str, ParameterLayout],
         meshes: Meshes,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
+        """`beat` is called before each forward pass: some layouts send nothing in it, and are not hanging."""
         world = groups["world"]
         self.rank, self.world_size = world.rank, world.size
         self.data_rank = topology.coordinate("data", self.rank)
@@ -120,6 +122,7 @@ class ShardedRanks:
         self.layouts = layouts
         self.shards = ParameterShards(layouts, groups)
         self._model = model
+        self._beat = beat
         self._groups = groups
         self._meshes = meshes
         # FSDP's own parameters are DTensors over the shards alone, whose shapes mean nothing to an optimizer.
@@ -136,6 +139,7 @@ class ShardedRanks:
         return as_whole(local, self.layouts[name], self._meshes, dims)
 
     def begin_micro_batch(self, last: bool) -> None:
+        self._beat()
         # Copies of the model need one sum a step; until then each adds up its own.
         cast(FSDPModule, self._model).set_requires_all_reduce(last)
 

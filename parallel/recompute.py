@@ -27,9 +27,8 @@ def recompute_block(block: nn.Module, mode: Recompute) -> None:
 
     A forward pass draws no random numbers, so there is no state to save and restore.
     """
-    again = partial(partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
     if mode == "full":
-        block.forward = again(block.forward)
+        _checkpoint(block)
     elif mode == "selective":
         operations = (getattr(torch.ops.aten, name, None) for name in KEPT_OPERATIONS)  # by version of torch
         kept = {operation.default for operation in operations if operation is not None}
@@ -37,7 +36,13 @@ def recompute_block(block: nn.Module, mode: Recompute) -> None:
         # Module by module: what FSDP does between them is not the same both times, which torch refuses.
         for module in block.modules():
             if isinstance(module, SELECTIVE_MODULES):
-                module.forward = again(module.forward, context_fn=contexts)  # type: ignore[method-assign]
+                _checkpoint(module, context_fn=contexts)
+
+
+def _checkpoint(module: nn.Module, **options: Any) -> None:
+    module.forward = partial(
+        checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False, **options
+    )
 
 
 def _policy(kept: set[Any], _: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:

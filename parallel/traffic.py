@@ -84,16 +84,19 @@ def _weights(step: Step, layouts: dict[str, ParameterLayout]) -> Iterator[Traffi
     unit. Copies of the model add up their gradients once."""
     units: dict[str, list[ParameterLayout]] = {}
     for name, layout in layouts.items():
-        block = ".".join(name.split(".")[:2]) if name.startswith("layers.") else "embedding, head"
+        block = ".".join(name.split(".")[:2]) if name.startswith("layers.") else name.split(".")[0]
+        if block == "final_norm":
+            block = "embedding" if step.model.tied_head else "head"
         inner = "experts" if layout.is_expert else "router" if ".router." in name else ""
         units.setdefault(f"{block} {inner}".strip(), []).append(layout)
     for unit, members in units.items():
         shard: GroupName = "expert_shard" if members[0].is_expert else "shard"
         ranks = step.topology.size(shard)
         elements = sum(_padded_elements(layout, step.topology, ranks) for layout in members)
-        travels_as = step.parameter_bytes if unit.endswith("router") else step.compute_bytes
+        wide = unit.endswith(("router", "embedding"))
+        travels_as = step.parameter_bytes if wide else step.compute_bytes
         what = "weights of experts" if members[0].is_expert else "other weights"
-        passes = 1 if unit == "embedding, head" else 2
+        passes = 1 if wide or unit == "head" else 2
         grads = elements * step.parameter_bytes
         yield Traffic(what, shard, "all_gather", passes * step.micro_batches, elements * travels_as)
         yield Traffic(f"gradients of {what}", shard, "reduce_scatter", step.micro_batches, grads)

@@ -22,6 +22,8 @@ _LOG_SECONDS = 5.0
 # Before the end: the others, for whom the same time is over, must not lose contact before they have spoken.
 _OTHERS_SECONDS = 2.0
 _EXIT_CODE = 3
+# A collective's own limit is so much later than the watchdog's, which has more to say.
+GRACE_SECONDS = 30.0
 
 
 class LostContact(RuntimeError):
@@ -36,6 +38,9 @@ class NoWatchdog:
 
     def step(self, number: int) -> None:
         """Update `number` begins."""
+
+    def beat(self) -> None:
+        """Something else begins, such as a forward pass that may send nothing."""
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -97,6 +102,9 @@ class Watchdog(NoWatchdog):
     def step(self, number: int) -> None:
         self._step = number
         self._count = 0
+
+    def beat(self) -> None:
+        self._beats += 1
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

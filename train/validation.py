@@ -17,14 +17,17 @@ def validate(model: Decoder, held_back: Mapping[str, Sequence[MicroBatch]], rank
     model.eval()
     sums = {}
     for name, batches in held_back.items():
-        of_batches = [loss_sums(model, batch) for batch in batches]
+        of_batches = []
+        for batch in batches:
+            ranks.begin_micro_batch(last=False)
+            of_batches.append(loss_sums(model, batch))
         for key in ("lm", "correct", "weight"):
             total = torch.stack([getattr(batch, key) for batch in of_batches]).sum()
             sums[f"{key}/{name}"] = total * ranks.counts_loss
     model.train()
     if not sums:
         return {}
-    numbers = {name: value.item() for name, value in sum_over_ranks(sums, ranks).items()}
+    numbers = dict(zip(sums, torch.stack(list(sum_over_ranks(sums, ranks).values())).tolist(), strict=True))
     metrics = {}
     for name in held_back:
         metrics[f"eval/{name}/loss"] = numbers[f"lm/{name}"] / numbers[f"weight/{name}"]
