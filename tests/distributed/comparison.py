@@ -178,6 +178,8 @@ def route(training: Training) -> tuple[list[LayerRouting], slice]:
     """Routing of the first batch by the initial weights, per MoE layer, and the columns of this rank."""
     blocks = [block.batch for block in training.batch(0)[0]]
     traces = [training.model(block, trace=True).traces for block in blocks]
+    if not traces[0]:
+        return [], slice(None)  # no experts
     first, last = traces[0][0].positions[0][[0, -1]].tolist()
     columns = slice(first, last + 1)
     real = torch.cat([block.target_tokens > 0 for block in blocks])[:, columns]
