@@ -17,7 +17,7 @@ from openmoe.parallel.topology import GroupName
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
-# (group, kind, bytes) before each collective: bytes of the larger side, or what is sent to all.
+# Called with (group, kind, bytes) before each collective: bytes of the larger side, or what is sent to all.
 Observer = Callable[[GroupName, str, int], None]
 
 
@@ -172,6 +172,21 @@ class ObservedAllGather(FsdpCollective):
 
 
 class ObservedReduceScatter(FsdpCollective):
+    """`then` is the group over which FSDP goes on to sum the result, by itself: announced with 0 bytes, as
+    whether it does so is not known here. Over one rank FSDP makes the buffer and leaves out the call."""
+
+    def __init__(self, name: GroupName, observe: Observer, then: GroupName | None) -> None:
+        super().__init__(name, observe)
+        self.then = then
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        self._announce()
+        return super().allocate(size, dtype=dtype, device=device)
+
+    def _announce(self) -> None:
+        if self.then is not None:
+            self.observe(self.then, "all_reduce", 0)
+
     def __call__(
         self,
         output_tensor: Tensor,
@@ -181,4 +196,6 @@ class ObservedReduceScatter(FsdpCollective):
         async_op: bool = False,
     ) -> dist.Work | None:
         self.observe(self.name, "reduce_scatter", input_tensor.nbytes)
-        return _reduce_scatter(output_tensor, input_tensor, op, group, async_op)
+        work = _reduce_scatter(output_tensor, input_tensor, op, group, async_op)
+        self._announce()
+        return work

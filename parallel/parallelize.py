@@ -73,9 +73,10 @@ class Sharding:
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # else a factor of 1 over one rank becomes an average
         sharded.set_custom_all_gather(cast(Any, ObservedAllGather(group, self.observe)))
-        sharded.set_custom_reduce_scatter(cast(Any, ObservedReduceScatter(group, self.observe)))
-        if self.topology.replicate > 1:
-            # Told after the fact: FSDP has no way to hand it an all-reduce of one's own.
+        copies: GroupName | None = "replicate" if self.topology.replicate > 1 else None
+        scatter = ObservedReduceScatter(group, self.observe, copies)
+        sharded.set_custom_reduce_scatter(cast(Any, scatter))
+        if copies is not None:  # its size is told after the fact: FSDP takes no all-reduce of one's own
             sharded.set_all_reduce_hook(lambda x: self.observe("replicate", "all_reduce", x.nbytes))
 
     def _mesh(self, group: GroupName) -> DeviceMesh:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from .commands import Command, Commands, signal_before
+from .commands import Command, Commands, signal_before, wrap
 from .conftest import STEPS, Small, lines
 
 FP64 = ("train.precision=fp64", "train.validate_every_steps=4")
@@ -103,3 +103,15 @@ def test_a_run_goes_on_under_other_layouts(
         check_equal(lines(tmp_path / "run"), alone[:step])
     run(commands, 2, [*arguments, f"train.steps={STEPS}", "parallel.tensor=2"])
     check_equal(lines(tmp_path / "run"), alone)
+
+
+def test_a_hang_between_copies_of_the_model(small: Small, commands: Commands, tmp_path: Path) -> None:
+    """Bug: FSDP's own sum is reported under the group of the collective before it, so that nobody can tell
+    which rank is late. Validation, in which these ranks send nothing, must not count as a hang."""
+    arguments = small(tmp_path / "run", "parallel.replicate=2", "parallel.timeout_seconds=5")
+    late = wrap("openmoe.train.loop.train_step", "if n == 3: time.sleep(60)\nreturn call()")
+    started = start_run(commands, 2, arguments, late)
+    assert [command.wait(60) for command in started] == [3, 3]
+    assert "at step 3 after all_reduce in group replicate (ranks 0 1)" in started[0].stderr
+    assert "at step 3 before" in started[1].stderr or "at step 3 after" in started[1].stderr
+    assert "group replicate" not in started[1].stderr
