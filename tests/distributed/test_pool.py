@@ -150,28 +150,35 @@ def test_groups_that_a_case_leaves(pool: Pool) -> None:
 
 
 SESSION = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from tests.distributed.pool import Pool
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
 Pool(Path(sys.argv[1])).run(time.sleep, 8, 3600)
 """
 
 
-@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a rank that hangs outlives a killed session")
-def test_nothing_outlives_the_session(tmp_path: Path, by: signal.Signals) -> None:
-    """Catches processes that spin for ever after a session that was killed while a case hung."""
+@pytest.mark.parametrize(
+    ("victim", "by"),
+    [("session", signal.SIGKILL), ("session", signal.SIGINT), ("nursery", signal.SIGKILL)],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a rank that hangs outlives a killed nursery")
+def test_nothing_outlives_the_session(tmp_path: Path, victim: str, by: signal.Signals) -> None:
+    """Catches processes that spin for ever after a session, or their parent, was killed while a case hung."""
     command = [sys.executable, "-c", SESSION, str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as session:
         limit = time.monotonic() + 60
+        parent = psutil.Process(session.pid)
         processes: list[psutil.Process] = []
         while len(processes) < 9 and time.monotonic() < limit:
             time.sleep(0.1)
-            processes = psutil.Process(session.pid).children(recursive=True)
+            processes = parent.children(recursive=True)
         assert len(processes) == 9
-        session.send_signal(by)
-        _, alive = psutil.wait_procs(processes, timeout=10)
+        (parent if victim == "session" else parent.children()[0]).send_signal(by)
+        _, alive = psutil.wait_procs([parent, *processes], timeout=20)
+        for process in alive:
+            process.kill()
     assert not alive
 
 
