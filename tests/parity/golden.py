@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openmoe.checkpoint.names import tensor_names
 from openmoe.model.config import ModelConfig
 from openmoe.model.decoder import Decoder
 
@@ -86,45 +87,16 @@ def released_config(golden: dict, vocab_size: int | None = None) -> ModelConfig:
 
 def our_name(flax_name: str, config: ModelConfig) -> str:
     """decoder/layers_3/mlp/expert/wi_0/kernel -> layers.3.moe.experts.wi_0 and so on."""
-    fixed = {
-        "token_embedder/embedding": "embedding.weight",
-        "decoder/decoder_norm/scale": "final_norm.scale",
-        "decoder/logits_dense/kernel": "head.weight",
-    }
-    if flax_name in fixed:
-        return fixed[flax_name]
-    _, layer_name, *rest = flax_name.split("/")
-    layer = int(layer_name.removeprefix("layers_"))
-    sparse = config.is_moe_layer(layer)
-    part = "/".join(rest)
-    table = {
-        "pre_self_attention_layer_norm/scale": "attention_norm.scale",
-        "pre_mlp_layer_norm/scale": "moe_norm.scale" if sparse else "ffn_norm.scale",
-        "pre_extra_mlp_layer_norm/scale": "ffn_norm.scale",
-        "self_attention/query/kernel": "attention.q.weight",
-        "self_attention/key/kernel": "attention.k.weight",
-        "self_attention/value/kernel": "attention.v.weight",
-        "self_attention/out/kernel": "attention.o.weight",
-        "mlp/router/router_weights/w/kernel": "moe.router.weight",
-    }
-    for w in ("wi_0", "wi_1", "wo"):
-        table[f"mlp/{w}/kernel"] = table[f"extra_mlp/{w}/kernel"] = f"ffn.{w}"
-        table[f"mlp/expert/{w}/kernel"] = f"moe.experts.{w}"
-    return f"layers.{layer}.{table[part]}"
-
-
-def to_ours(name: str, value: np.ndarray) -> Tensor:
-    """A flax kernel `[..., in, out]` as our tensor `[..., out, in]`, wi_0 with its halves as an axis of
-    two."""
-    x = torch.from_numpy(np.array(value))
-    if name == "embedding.weight" or x.dim() == 1:
-        return x
-    x = x.transpose(-1, -2).contiguous()
-    return x.unflatten(-2, (2, -1)) if name.endswith("wi_0") else x
+    return {name.t5x: name.ours for name in tensor_names(config)}[flax_name]
 
 
 def converted(params: dict[str, np.ndarray], config: ModelConfig) -> dict[str, Tensor]:
-    return {our_name(k, config): to_ours(our_name(k, config), v) for k, v in params.items()}
+    """The parameters under these flax names as our tensors, under our names."""
+    names = {name.t5x: name for name in tensor_names(config)}
+    return {
+        names[flax].ours: names[flax].from_format("t5x", torch.from_numpy(np.array(value))).contiguous()
+        for flax, value in params.items()
+    }
 
 
 def load_decoder(case: Case, prefix: str = "params", **changes: object) -> Decoder:
