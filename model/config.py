@@ -42,8 +42,9 @@ class ModelConfig(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf
     top_k: int = Field(1, gt=0)
     # Routing groups: capacity, priority, dropping and router losses are computed per group.
     # rows: group_rows consecutive rows. flaxformer: at most group_tokens tokens and at least num_experts
-    # groups, the original's rule, which depends on the batch size.
-    group_rule: Literal["rows", "flaxformer"] = "rows"
+    # groups, the original's rule, which depends on the batch size. hugging_face: the whole batch is one
+    # group, and capacity is rounded down, then up to an even number (facts 6.5); it includes k there.
+    group_rule: Literal["rows", "flaxformer", "hugging_face"] = "rows"
     group_rows: int = Field(1, gt=0)
     group_tokens: int = Field(4096, gt=0, lt=2**31)  # flaxformer only
     capacity_factor_train: float = Field(1.25, gt=0)

@@ -1,7 +1,7 @@
 """Routing groups: the unit of capacity, priority, dropping and router losses (facts 2.2, 2.3).
 
 A group made of whole rows does not depend on how the batch is laid out over devices or micro-batches; the
-original's rule does, and is kept for parity.
+original's rule does, and so does the one of its port to PyTorch; both are kept for parity.
 """
 
 import math
@@ -31,6 +31,8 @@ def routing_groups(config: ModelConfig, rows: int, seq_len: int, training: bool)
                 f"routing groups; allowed: a divisor of {rows}"
             )
         return Groups(rows // group_rows, group_rows * seq_len, seq_len)
+    if config.group_rule == "hugging_face":
+        return Groups(1, rows * seq_len, seq_len)
     return _flaxformer_groups(rows, seq_len, config.group_tokens, config.num_experts)
 
 
@@ -51,7 +53,8 @@ def _flaxformer_groups(rows: int, seq_len: int, max_group_tokens: int, min_group
 
 
 def expert_capacity(config: ModelConfig, tokens_per_group: int, training: bool) -> int:
-    """Slots of one expert in one group; Python's round, half to even, as the original (facts 2.2).
+    """Slots of one expert in one group; Python's round, half to even, as the original (facts 2.2), or the
+    PyTorch port's whole even number.
 
     A dropless layer has room for the whole group.
     """
@@ -60,4 +63,6 @@ def expert_capacity(config: ModelConfig, tokens_per_group: int, training: bool) 
     factor = config.capacity_factor_train if training else config.capacity_factor_eval
     demand = tokens_per_group * (config.top_k if config.capacity_includes_k else 1)
     slots = min(factor * demand / config.num_experts, tokens_per_group)  # an expert gets a token at most once
+    if config.group_rule == "hugging_face":
+        return max(config.min_capacity, math.floor(slots) + math.floor(slots) % 2)
     return max(config.min_capacity, round(slots))

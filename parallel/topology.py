@@ -231,11 +231,12 @@ def _check_rows(
 ) -> None:
     """Each data rank has as many rows as any other, in whole micro-batches of whole routing groups."""
     group_rows = 1
-    if model.moe_every and model.group_rule == "flaxformer":
+    if model.moe_every and model.group_rule != "rows":
         # Its groups follow from the rows at hand, so another layout would train another model.
         if topology.world_size > 1:
             raise TopologyError(
-                f"model.group_rule=flaxformer: allowed rows where {topology.world_size} processes train"
+                f"model.group_rule={model.group_rule}: allowed rows where {topology.world_size} processes "
+                "train"
             )
     elif model.moe_every:
         group_rows = model.group_rows

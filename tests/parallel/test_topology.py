@@ -303,6 +303,11 @@ DOES_NOT_FIT: list[tuple[tuple[int, int, int, int], dict[str, Any], str]] = [
         {"group_rule": "flaxformer"},
         "model.group_rule=flaxformer: allowed rows where 2 processes train",
     ),
+    (
+        (2, 1, 1, 1),
+        {"group_rule": "hugging_face"},
+        "model.group_rule=hugging_face: allowed rows where 2 processes train",
+    ),
 ]
 
 
