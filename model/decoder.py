@@ -1,8 +1,10 @@
 """The OpenMoE decoder: dense blocks with a MoE block every `moe_every` layers."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +13,18 @@ from torch import Tensor, nn
 from openmoe.model.batch import Batch
 from openmoe.model.config import ModelConfig
 from openmoe.model.dispatch import DISPATCHERS, TokenDispatcher
-from openmoe.model.layers import Attention, Embedding, FeedForward, Linear, RMSNorm, rotary_table
+from openmoe.model.groups import expert_capacity
+from openmoe.model.kv_cache import KVCache
+from openmoe.model.layers import Attention, Embedding, FeedForward, Linear, Remember, RMSNorm, rotary_table
 from openmoe.model.losses import linear_cross_entropy
-from openmoe.model.moe import MoELayer, RoutingTrace, routing_trace
+from openmoe.model.moe import MoELayer, RoutingTrace, RowGroups, routing_trace
 from openmoe.model.router import RouterStatistics, Routing, TopKRouter
 from openmoe.model.segments import SegmentTiles
 from openmoe.model.tensor_ranks import ONE_RANK, TensorRanks
+
+# Routing of rows that are generated. none: nothing is dropped. model: a row's tokens that come at a time are
+# one group with the model's capacity in evaluation, so a prompt is a group and then each token by itself.
+GenerationCapacity = Literal["none", "model"]
 
 
 class DecoderOutput(NamedTuple):
@@ -35,6 +43,7 @@ class Positions:
     query_mask: Tensor | None  # [rows, seq_len] bool, False = sees no key; None = every query sees one
     input_mask: Tensor | None  # [rows, seq_len / ranks, 1], 0/1 factor of every sub-layer's input
     tiles: SegmentTiles | None  # where attention runs over segments instead of rows
+    row_groups: RowGroups | None = None  # generation's routing groups; None = the model's
 
 
 class Block(nn.Module):
@@ -59,14 +68,16 @@ class Block(nn.Module):
             self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ffn = FeedForward(config)
 
-    def forward(self, x: Tensor, at: Positions) -> tuple[Tensor, RouterStatistics | None, Routing | None]:
+    def forward(
+        self, x: Tensor, at: Positions, remember: Remember | None = None
+    ) -> tuple[Tensor, RouterStatistics | None, Routing | None]:
         h = self.ranks.gather_sequence(_masked(self.attention_norm(x), at))
-        y = self.attention(h, at.rotary, at.mask, at.query_mask, at.tiles)
+        y = self.attention(h, at.rotary, at.mask, at.query_mask, at.tiles, remember)
         x = x + self.ranks.scatter_sequence(y)
         if self.moe is None:
             return x + self._ffn(_masked(self.ffn_norm(x), at)), None, None
         h = _masked(self.moe_norm(x), at)
-        y, statistics, routing = self.moe(h, at.real)
+        y, statistics, routing = self.moe(h, at.real, at.row_groups)
         if self.shared_norm:
             return x + y + self._ffn(h), statistics, routing
         x = x + y
@@ -117,11 +128,55 @@ class Decoder(nn.Module):
                 statistics.append(block_statistics)
                 if trace:
                     traces.append(routing_trace(i, routing, batch, self.ranks))
+        return DecoderOutput(self._head_input(x, at), statistics, traces)
+
+    def extend(
+        self,
+        cache: KVCache,
+        tokens: Tensor,
+        counts: Sequence[int],
+        prefix: Sequence[int] | None = None,
+        capacity: GenerationCapacity = "none",
+    ) -> Tensor:
+        """The next tokens of rows whose earlier ones are in `cache`; it takes them in. No gradient passes.
+
+        What comes out for a row's tokens depends on these and its earlier ones only: not on other rows, not
+        on padding and, where nothing is dropped, not on how many come at a time.
+
+        Args:
+            tokens: int64 `[rows, new]`; the first token of a row is 0, as in training.
+            counts: how many of them each row has; the rest behind them is padding, whatever it holds.
+            prefix: positions of each row, its first ones, that see each other; read when attention is
+                `prefix`, and they must come all at once.
+            capacity: see GenerationCapacity.
+
+        Returns:
+            Final hidden states `[rows, new, d_model]`, undefined at padding.
+
+        Raises ValueError where tensor ranks share rows, or where the cache has no room.
+        """
+        if self.ranks.size > 1:
+            raise ValueError(
+                f"generation on {self.ranks.size} tensor ranks: allowed where one has all of them"
+            )
+        if self.config.attention == "causal":
+            prefix = None
+        columns = cache.columns(counts, prefix)
+        row_groups = RowGroups(None)
+        if capacity == "model":
+            room = [expert_capacity(self.config, count, training=False) for count in counts]
+            row_groups = RowGroups(torch.tensor(room, device=tokens.device))
+        at = Positions(columns.rotary, columns.real, columns.mask, None, None, None, row_groups)
+        x = self.embedding(tokens).to(self.compute_dtype)
+        for i, block in enumerate(self.layers):
+            x, _, _ = block(x, at, partial(cache.append, i, columns))
+        cache.advance(counts)
+        return self._head_input(x, at)
+
+    def _head_input(self, x: Tensor, at: Positions) -> Tensor:
         hidden = _masked(self.final_norm(x), at)
-        if self.head is None:
-            # Embeddings have unit variance; without the factor logits would grow with d_model.
-            hidden = hidden / math.sqrt(self.config.d_model)
-        return DecoderOutput(hidden, statistics, traces)
+        # Embeddings have unit variance; without the factor logits would grow with d_model.
+        return hidden / math.sqrt(self.config.d_model) if self.head is None else hidden
 
     @property
     def head_weight(self) -> Tensor:

@@ -4,6 +4,8 @@ Parameters are kept in float32 (float64 under `fp64`) and cast to the activation
 an explicit policy in place of autocast. Every matrix is stored `[out, in]`.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +13,9 @@ from torch import Tensor, nn
 from openmoe.model.config import ModelConfig
 from openmoe.model.segments import SegmentTiles
 from openmoe.model.tensor_ranks import TensorRanks
+
+# Takes the keys and values of new tokens, gives those of all tokens so far; [rows, heads, tokens, head_dim].
+Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Embedding(nn.Module):
@@ -94,15 +99,19 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         query_mask: Tensor | None = None,
         tiles: SegmentTiles | None = None,
+        remember: Remember | None = None,
     ) -> Tensor:
         """x `[rows, seq_len, d_model]`; mask bool `[rows, 1, seq_len, seq_len]`, None = causal; query_mask
         bool `[rows, seq_len]`, False where a query sees no key and averages over all columns instead. With
-        tiles segments attend one by one: mask `[segments, 1, longest, longest]`, rotary of `longest`."""
+        tiles segments attend one by one: mask `[segments, 1, longest, longest]`, rotary of `longest`. Where
+        earlier tokens are remembered x is the new ones: mask `[rows, 1, new, keys]`, rotary by row."""
         q, k, v = (project(x) for project in (self.q, self.k, self.v))
         if tiles is not None:
             q, k, v = tiles.cut(q), tiles.cut(k), tiles.cut(v)
         q, k, v = (h.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for h in (q, k, v))
         q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if remember is not None:
+            k, v = remember(k, v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=1.0)
         if query_mask is not None:
             out = torch.where(query_mask[:, None, :, None], out, uniform_attention(q, k, v))

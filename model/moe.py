@@ -10,7 +10,7 @@ from openmoe.model.batch import Batch
 from openmoe.model.config import ModelConfig
 from openmoe.model.dispatch import TokenDispatcher
 from openmoe.model.experts import Experts
-from openmoe.model.groups import expert_capacity, routing_groups
+from openmoe.model.groups import Groups, expert_capacity, routing_groups
 from openmoe.model.router import RouterStatistics, Routing, TopKRouter
 from openmoe.model.tensor_ranks import TensorRanks
 
@@ -30,6 +30,13 @@ class RoutingTrace:
     logits: Tensor  # [rows, seq_len, E]
 
 
+@dataclass(frozen=True)
+class RowGroups:
+    """Each row is a group of its own and its padding is not routed, whatever the model does in training."""
+
+    capacity: Tensor | None  # [rows] int64, slots of an expert in each row; None = nothing is dropped
+
+
 class MoELayer(nn.Module):
     """Router, dispatcher and experts. The dispatcher is handed in: parallel layouts bring their own."""
 
@@ -41,18 +48,24 @@ class MoELayer(nn.Module):
         self.router = TopKRouter(config, ranks)
         self.experts = Experts(config)
 
-    def forward(self, x: Tensor, real: Tensor) -> tuple[Tensor, RouterStatistics, Routing]:
+    def forward(
+        self, x: Tensor, real: Tensor, row_groups: RowGroups | None = None
+    ) -> tuple[Tensor, RouterStatistics, Routing]:
         """x `[rows, seq_len / ranks, d_model]`; real bool `[rows, seq_len]`, False = padding."""
         rows, seq_len = real.shape
-        groups = routing_groups(self.config, rows, seq_len, self.training)
-        capacity = expert_capacity(self.config, groups.tokens_per_group, self.training)
+        if row_groups is None:
+            groups = routing_groups(self.config, rows, seq_len, self.training)
+            capacity = expert_capacity(self.config, groups.tokens_per_group, self.training)
+        else:
+            groups, capacity = Groups(rows, seq_len, seq_len), seq_len
         padding = groups.padded_seq_len - seq_len
         grouped = F.pad(x, (0, 0, 0, padding)) if padding else x  # pad copies even where it adds nothing
         grouped = grouped.reshape(groups.num_groups, -1, x.shape[-1])
         routed = None
-        if not self.config.route_padding:
+        if row_groups is not None or not self.config.route_padding:
             routed = F.pad(real, (0, padding)).reshape(groups.num_groups, -1)
-        routing, statistics = self.router(grouped, capacity, rows, routed)
+        limit = None if row_groups is None else row_groups.capacity
+        routing, statistics = self.router(grouped, capacity, rows, routed, limit)
         y = self.dispatcher(grouped, routing, self.experts)
         y = y.reshape(rows, -1, x.shape[-1])[:, : x.shape[1]]
         return y, statistics, routing

@@ -58,7 +58,12 @@ class TopKRouter(nn.Module):
         self.frozen = False
 
     def forward(
-        self, x: Tensor, capacity: int, rows: int, routed: Tensor | None = None
+        self,
+        x: Tensor,
+        capacity: int,
+        rows: int,
+        routed: Tensor | None = None,
+        limit: Tensor | None = None,
     ) -> tuple[Routing, RouterStatistics]:
         """Routes the tokens of each group.
 
@@ -67,6 +72,7 @@ class TopKRouter(nn.Module):
             capacity: slots per expert and group.
             rows: rows of the batch, of which x holds a slice of positions.
             routed: bool `[G, T * ranks]`, the whole groups; None = all tokens.
+            limit: int64 `[G]`, slots per expert of each group where they differ, at most `capacity`.
         """
         wide = torch.promote_types(x.dtype, torch.float32)
         weight = self.weight.detach() if self.frozen else self.weight
@@ -75,7 +81,8 @@ class TopKRouter(nn.Module):
         expert_index = _top_k(probs.detach(), self.top_k)
         # Slots are given out over the whole group: its choices, a few integers a token, go to all its ranks.
         group_index = self._whole_groups(expert_index, rows)
-        slot = self._own_tokens(_slots(group_index, len(weight), capacity, routed), rows)
+        room = capacity if limit is None else limit[:, None]
+        slot = self._own_tokens(_slots(group_index, len(weight), room, routed), rows)
         routing = Routing(logits, probs, expert_index, probs.gather(-1, expert_index), slot, capacity)
         own = None if routed is None else self._own_tokens(routed, rows)
         return routing, _statistics(routing, group_index, routed, own)
@@ -105,8 +112,8 @@ def _top_k(probs: Tensor, k: int) -> Tensor:
     return torch.cat(chosen, -1)
 
 
-def _slots(expert_index: Tensor, num_experts: int, capacity: int, routed: Tensor | None) -> Tensor:
-    """Place `[G, T, k]` of each choice in its expert's buffer, -1 from `capacity` on.
+def _slots(expert_index: Tensor, num_experts: int, capacity: int | Tensor, routed: Tensor | None) -> Tensor:
+    """Place `[G, T, k]` of each choice in its expert's buffer, -1 from `capacity` (a Tensor: `[G, 1]`) on.
 
     Buffers fill with all first choices of the group in token order, then all second choices; a dropped choice
     still advances the counter (facts 2.1).
