@@ -7,3 +7,7 @@ class CheckpointError(ValueError):
 
 class CheckpointWriteError(OSError):
     """A checkpoint that couldn't be written (full disk); earlier ones are whole."""
+
+
+class SaveCancelled(RuntimeError):
+    """A save in the background that nobody waits for any more; earlier checkpoints are whole."""

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
 from openmoe.checkpoint.errors import CheckpointError
+from openmoe.checkpoint.files import FileEntry, require_plain
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "openmoe-checkpoint"
@@ -21,13 +22,6 @@ VERSION = 1
 
 class _Part(BaseModel, strict=True, extra="forbid", frozen=True):
     pass
-
-
-class FileEntry(_Part):
-    """One file of the checkpoint."""
-
-    size_bytes: int = Field(ge=0)
-    sha256: str
 
 
 class TensorEntry(_Part):
@@ -80,13 +74,14 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     try:
+        require_plain(path)
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}: no checkpoint that can be read") from None
     try:
         values = json.loads(content)
         version = values["version"] if values["format"] == FORMAT else "?"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{path}: damaged: not the manifest of a checkpoint") from None
     if version != VERSION:
         raise CheckpointError(

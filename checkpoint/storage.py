@@ -9,11 +9,10 @@ In a run of several processes all of them call the functions that write, verify 
 error. A tensor of which a process holds a part is a DTensor then; any other is the same on all of them.
 """
 
-import hashlib
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,18 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from openmoe.checkpoint.course import Course
 from openmoe.checkpoint.errors import CheckpointError, CheckpointWriteError
-from openmoe.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry, read_manifest
-from openmoe.checkpoint.pieces import Piece, fault_in
+from openmoe.checkpoint.files import FileEntry, fault_in_file, sync_folder, write_file
+from openmoe.checkpoint.manifest import MANIFEST_NAME, Manifest, TensorEntry, read_manifest
+from openmoe.checkpoint.pieces import fault_in
+from openmoe.checkpoint.shards import ShardWriter, StoredPiece, pieces_in
 from openmoe.checkpoint.together import ALL, Peers
 
 PARTIAL = ".partial"  # not committed yet, or being deleted
 REPLACED = ".replaced"  # older checkpoint of the same step, until the newer one has its name
 
-# A file is serialised in memory before it is written, so large models are cut into files of about this size.
+# A file is verified by one process, so large models are cut into files of about this size.
 FILE_BYTES = 2**30
 
 
@@ -44,19 +46,30 @@ def write_checkpoint(
     model: dict[str, Any],
     metadata: dict[str, Any],
     peers: Peers = ALL,
+    take: Callable[[], Mapping[str, Tensor]] | None = None,
+    before_commit: Callable[[], None] = lambda: None,
+    course: Course | None = None,
 ) -> None:
     """Writes `tensors` and the rest as the checkpoint `folder`, in place of one that is there already.
 
     A crash at any moment leaves the old state or the new one (`recover` puts away what else is left). Of
     several processes the first one's `metadata` is written; each writes some of what several hold.
 
+    `take` gives what this process holds of each tensor where that is not to be taken from `tensors`
+    themselves, which may change meanwhile. `before_commit` is called on the first process before the
+    checkpoint gets its name. `course` is kept up to date.
+
     Raises CheckpointWriteError where the disk refuses, after removing what was written.
     """
     partial = folder.with_name(folder.name + PARTIAL)
+    course = course or Course()
+    parts: dict[str, Tensor] = {}
     try:
+        course.at("copying tensors to the host, or waiting for other processes that do")
+        peers.on_every(lambda: parts.update(take() if take else _parts_here(tensors)))
+        course.at(f"making {partial.name}")
         peers.on_first(lambda: _make_empty(partial))
-        _write_tensors(partial, tensors, peers)
-        files = _file_entries(partial, peers)
+        files = _write_tensors(partial, tensors, parts, peers, course)
 
         def finish() -> None:
             manifest = Manifest(
@@ -70,9 +83,13 @@ def write_checkpoint(
                 files=files,
                 tensors={name: TensorEntry.of(tensor) for name, tensor in tensors.items()},
             )
-            _write_manifest(partial, manifest)
+            write_file(partial / MANIFEST_NAME, [manifest.text().encode()], course)
+            sync_folder(partial)
+            before_commit()
+            course.go_on(f"renaming {partial.name}")
             _commit(partial, folder)
 
+        course.at("waiting for rank 0 to write the manifest and to rename the folder")
         peers.on_first(finish)
     except OSError as error:
         _give_up(partial, peers)
@@ -95,7 +112,7 @@ def verify_checkpoint(folder: Path, peers: Peers = ALL) -> Manifest:
     fault = min((fault for fault in faults if fault), default=None)
     if fault:
         name, says = fault
-        raise CheckpointError(f"{folder / name}: damaged: {says}")
+        raise CheckpointError(f"{folder / name}: {says}")
     return manifest
 
 
@@ -121,7 +138,7 @@ def read_checkpoint(
         _compare_tensors(folder, manifest.tensors, tensors)
 
     peers.on_every(compare)
-    peers.on_first(lambda: _check_pieces(folder, manifest.tensors))
+    peers.on_first(lambda: _check_pieces(folder, manifest))
     with _quiet(), _own_errors():
         dcp.load(
             tensors,
@@ -134,13 +151,13 @@ def read_checkpoint(
 def recover(directory: Path) -> None:
     """Puts away what a crash left in the folder of checkpoints. Only the process that writes there may call
     this."""
-    for old in directory.glob("*" + REPLACED):
+    for old in directory.glob("step_*" + REPLACED):
         name = old.with_name(old.name.removesuffix(REPLACED))
         if name.exists():
             remove_checkpoint(old)
         else:
             os.rename(old, name)
-    for partial in directory.glob("*" + PARTIAL):
+    for partial in directory.glob("step_*" + PARTIAL):
         shutil.rmtree(partial)
 
 
@@ -155,8 +172,13 @@ def _commit(partial: Path, folder: Path) -> None:
     replaced = folder.with_name(folder.name + REPLACED)
     if folder.exists():
         os.rename(folder, replaced)
-    os.rename(partial, folder)
-    _sync_folder(folder.parent)
+    try:
+        os.rename(partial, folder)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, folder)
+        raise
+    sync_folder(folder.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
 
@@ -172,51 +194,64 @@ def _give_up(partial: Path, peers: Peers) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], peers: Peers) -> None:
+def _write_tensors(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    parts: Mapping[str, Tensor],
+    peers: Peers,
+    course: Course,
+) -> dict[str, FileEntry]:
+    """Writes them together with the other processes; size and digest of all files."""
     # The first process decides for all. Its parts are the largest, so nobody's files are larger than its own.
     file_of, size = {}, 0
-    for name, tensor in tensors.items():
-        size += _part_here(tensor).nbytes
+    for name, part in parts.items():
+        size += part.nbytes
         file_of[name] = 1 + size // FILE_BYTES
     index = {number: i for i, number in enumerate(sorted(set(file_of.values())), start=1)}
-    writer = dcp.HuggingFaceStorageWriter(
-        str(folder),
-        fqn_to_index_mapping={name: index[number] for name, number in file_of.items()},
-        save_distributed=True,  # each process writes its part; no second file lists the tensors
-    )
-    contiguous = {name: _contiguous(tensor) for name, tensor in tensors.items()}
+    writer = ShardWriter(folder, {name: index[number] for name, number in file_of.items()}, parts, course)
+    course.at("agreeing with the other processes on who writes what")
     with _quiet(), _own_errors():
-        dcp.save(contiguous, storage_writer=writer, process_group=peers.group, no_dist=not peers.are_several)
+        # torch takes shapes and places from `tensors`, and the writer the values from `parts`.
+        dcp.save(
+            dict(tensors), storage_writer=writer, process_group=peers.group, no_dist=not peers.are_several
+        )
+    course.at("waiting for the other processes to have written their files")
+    return {name: entry for part in peers.on_every(writer.entries) for name, entry in part.items()}
 
 
-def _part_here(tensor: Tensor) -> Tensor:
+def _parts_here(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: part_here(tensor) for name, tensor in tensors.items()}
+
+
+def part_here(tensor: Tensor) -> Tensor:
+    """What this process holds of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _contiguous(tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, DTensor):
-        return tensor.contiguous()
-    return DTensor.from_local(
-        tensor.to_local().contiguous(),
-        tensor.device_mesh,
-        tensor.placements,
-        run_check=False,
-        shape=tensor.shape,
-        stride=tensor.stride(),
-    )
-
-
-def _check_pieces(folder: Path, stated: Mapping[str, TensorEntry]) -> None:
-    """Raises CheckpointError naming the first tensor of which the files hold too little or too much."""
-    with _quiet():
-        found = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    for name in sorted(found.keys() | stated.keys()):
-        if name not in stated:
-            raise CheckpointError(f"{folder}: tensor {name} is in the files and not in the manifest")
-        pieces = [Piece(chunk.offsets, chunk.sizes) for chunk in getattr(found.get(name), "chunks", ())]
-        fault = fault_in(stated[name].shape, pieces)
+def _check_pieces(folder: Path, manifest: Manifest) -> None:
+    """Raises CheckpointError naming the first file that is not as it should be, or the first tensor of which
+    the files hold too little or too much, or another type."""
+    stored: dict[str, list[StoredPiece]] = {}
+    for file in sorted(manifest.files):
+        for name, piece in pieces_in(folder / file).items():
+            stored.setdefault(name, []).append(piece)
+    for name in sorted(stored.keys() | manifest.tensors.keys()):
+        pieces = stored.get(name, [])
+        if name not in manifest.tensors:
+            raise CheckpointError(
+                f"{folder / pieces[0].file}: tensor {name} is there and not in {MANIFEST_NAME}"
+            )
+        stated = manifest.tensors[name]
+        for piece in pieces:
+            if piece.dtype != stated.dtype:
+                raise CheckpointError(
+                    f"{folder / piece.file}: tensor {name} is {piece.dtype} there and {stated.dtype} in "
+                    f"{MANIFEST_NAME}"
+                )
+        fault = fault_in(stated.shape, [piece.piece for piece in pieces])
         if fault:
-            raise CheckpointError(f"{folder}: tensor {name} is not stored exactly once: {fault}")
+            files = ", ".join(sorted({piece.file for piece in pieces})) or "no file"
+            raise CheckpointError(f"{folder}: tensor {name} is not stored exactly once: {fault} (in {files})")
 
 
 @contextmanager
@@ -237,24 +272,16 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _file_entry(path: Path) -> FileEntry:
-    with path.open("rb") as file:
-        return FileEntry(
-            size_bytes=os.fstat(file.fileno()).st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest()
-        )
-
-
-def _file_entries(folder: Path, peers: Peers) -> dict[str, FileEntry]:
-    """Size and digest of all files, each of them read by one process."""
-    names = peers.on_first(lambda: sorted(path.name for path in folder.iterdir()))
-    parts = peers.on_every(lambda: {name: _file_entry(folder / name) for name in peers.dealt(names)})
-    return {name: entry for part in parts for name, entry in part.items()}
-
-
 def _complete(folder: Path) -> Manifest:
     """The manifest of a folder that has all its files and no other."""
     manifest = read_manifest(folder)
-    found = {path.name for path in folder.iterdir()} - {MANIFEST_NAME}
+    named = folder.name.removeprefix("step_")
+    if folder.name != named and named.isdecimal() and int(named) != manifest.step:
+        raise CheckpointError(f"{folder / MANIFEST_NAME}: is of step {manifest.step}, not of {folder.name}")
+    try:
+        found = {path.name for path in folder.iterdir()} - {MANIFEST_NAME}
+    except OSError as error:
+        raise CheckpointError(f"{folder}: can't be read: {error.strerror}") from None
     for name in sorted(found ^ manifest.files.keys()):
         fault = "is not part of the checkpoint" if name in found else "is missing"
         raise CheckpointError(f"{folder / name}: {fault}")
@@ -264,28 +291,10 @@ def _complete(folder: Path) -> Manifest:
 def _first_fault(folder: Path, manifest: Manifest, names: Iterable[str]) -> tuple[str, str] | None:
     """The first of these files that is not as it was written, and what is wrong with it."""
     for name in names:
-        stated, size_bytes = manifest.files[name], (folder / name).stat().st_size
-        if size_bytes != stated.size_bytes:
-            return name, f"{size_bytes} bytes, the manifest states {stated.size_bytes}"
-        if _file_entry(folder / name) != stated:
-            return name, "its SHA-256 differs from the manifest's"
+        fault = fault_in_file(folder / name, manifest.files[name])
+        if fault:
+            return name, fault
     return None
-
-
-def _write_manifest(folder: Path, manifest: Manifest) -> None:
-    with (folder / MANIFEST_NAME).open("w", encoding="utf-8") as file:
-        file.write(manifest.text())
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _compare_models(folder: Path, stored: dict[str, Any], here: dict[str, Any]) -> None:

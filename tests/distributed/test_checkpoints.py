@@ -1,5 +1,6 @@
 """Checkpoints that several processes write and read together, under one layout and another."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -22,9 +23,10 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from openmoe.checkpoint import storage
+from openmoe.checkpoint import shards, storage
 from openmoe.checkpoint.config import CheckpointConfig
 from openmoe.checkpoint.errors import CheckpointError, CheckpointWriteError
+from openmoe.checkpoint.files import FileEntry
 from openmoe.checkpoint.manager import CheckpointManager, load_checkpoint, steps
 from openmoe.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from openmoe.checkpoint.state import training_tensors
@@ -142,7 +144,7 @@ def pass_on(layout: str, optimizer: str, given: Path | None, to: Path, file_byte
         if not torch.equal(training.tensors["rng/torch_cpu"], generator):
             wrong.append("rng")
     storage.FILE_BYTES = file_bytes
-    write(to, training.tensors)
+    write(to, training.tensors, int(to.name.removeprefix("step_")))
     return wrong
 
 
@@ -296,11 +298,11 @@ def raise_what_cannot_be_sent(*_: object) -> None:
 
 FAULTS = {
     "tensors": small_files_only,
-    "digests": lambda: failing(storage, "_file_entry"),
-    "manifest": lambda: failing(storage, "_write_manifest"),
+    "sync": lambda: failing(os, "fsync"),
+    "manifest": lambda: failing(storage, "write_file"),
     "commit": lambda: failing(os, "rename"),
     "folder": lambda: failing(Path, "mkdir"),
-    "bug": lambda: failing(storage, "_file_entry", raise_what_cannot_be_sent),
+    "bug": lambda: failing(shards, "encode", raise_what_cannot_be_sent),
 }
 
 
@@ -334,7 +336,7 @@ def save_with_fault(run_dir: Path, fault: str, guilty: int) -> tuple[str, str, l
     ("fault", "guilty", "says"),
     [
         ("tensors", 2, "File too large"),
-        ("digests", 1, "No space left on device"),
+        ("sync", 1, "No space left on device"),
         ("manifest", 0, "No space left on device"),
         ("commit", 0, "No space left on device"),
         ("folder", 0, "No space left on device"),
@@ -415,7 +417,12 @@ def test_a_rank_with_another_model_stops_all(pool: Pool, written: Path) -> None:
 def restate(folder: Path) -> None:
     """Writes a manifest for the files that are there now."""
     manifest = read_manifest(folder)
-    files = {path.name: storage._file_entry(path) for path in folder.glob("*.safetensors")}
+    files = {
+        path.name: FileEntry(
+            size_bytes=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest()
+        )
+        for path in folder.glob("*.safetensors")
+    }
     (folder / MANIFEST_NAME).write_text(manifest.model_copy(update={"files": files}).text())
 
 
@@ -484,8 +491,9 @@ def save_and_load_slowly(folder: Path, slow_rank: int) -> bool:
     counts = {"step": 1, "tokens_seen": 1, "milestone": False}
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == slow_rank:
-            for name in ("_make_empty", "_contiguous", "_file_entry", "_compare_tensors"):
+            for name in ("_make_empty", "_parts_here", "_compare_tensors"):
                 patch.setattr(storage, name, slow(getattr(storage, name)))
+            patch.setattr(shards, "write_file", slow(shards.write_file))
         write_checkpoint(folder, tensors, **counts, model={}, metadata={}, peers=peers)
         tensors["model/a"].zero_()
         load_checkpoint(folder, tensors, {}, peers)
