@@ -26,7 +26,7 @@ from openmoe.checkpoint.errors import CheckpointError, CheckpointWriteError
 from openmoe.checkpoint.files import FileEntry, fault_in_file, sync_folder, write_file
 from openmoe.checkpoint.manifest import MANIFEST_NAME, Manifest, TensorEntry, read_manifest
 from openmoe.checkpoint.pieces import fault_in
-from openmoe.checkpoint.shards import ShardWriter, StoredPiece, pieces_in
+from openmoe.checkpoint.shards import SUFFIX, ShardWriter, StoredPiece, pieces_in
 from openmoe.checkpoint.together import ALL, Peers
 
 PARTIAL = ".partial"  # not committed yet, or being deleted
@@ -232,7 +232,7 @@ def _check_pieces(folder: Path, manifest: Manifest) -> None:
     """Raises CheckpointError naming the first file that is not as it should be, or the first tensor of which
     the files hold too little or too much, or another type."""
     stored: dict[str, list[StoredPiece]] = {}
-    for file in sorted(manifest.files):
+    for file in sorted(name for name in manifest.files if name.endswith(SUFFIX)):
         for name, piece in pieces_in(folder / file).items():
             stored.setdefault(name, []).append(piece)
     for name in sorted(stored.keys() | manifest.tensors.keys()):
