@@ -18,7 +18,8 @@ from openmoe.launcher.figure import draw
 from openmoe.launcher.schema import Config
 from openmoe.launcher.train import build_loader, model_identity, source_names
 from openmoe.model.decoder import Decoder
-from openmoe.model.sampling import continue_tokens
+from openmoe.model.generation import generate
+from openmoe.model.sampling import SamplingConfig
 from openmoe.parallel.build import build_decoder
 
 # One sentence and one function for the model to continue.
@@ -29,7 +30,7 @@ PROMPTS = {
 SAMPLE_TOKENS = 60
 # Of training text that the bigram model is counted on.
 MOST_BIGRAM_TOKENS = 20_000_000
-SAMPLE_TEMPERATURE = 0.6
+SAMPLING = SamplingConfig(temperature=0.6)
 
 
 def main() -> None:
@@ -122,11 +123,10 @@ def print_samples(config: Config, data: PreparedData, run_dir: Path) -> None:
     if newest is None:
         return
     model = load_model(config, newest)
-    for kind, prompt in PROMPTS.items():
-        generator = torch.Generator().manual_seed(config.run.seed)
-        tokens = data.tokenizer.encode(prompt)
-        new = continue_tokens(model, tokens, SAMPLE_TOKENS, SAMPLE_TEMPERATURE, generator)
-        print(f"\n--- {kind}, continued at |\n{prompt}|{data.tokenizer.decode(new)}")
+    prompts = [data.tokenizer.encode(prompt) for prompt in PROMPTS.values()]
+    continued = generate(model, prompts, SAMPLE_TOKENS, SAMPLING, config.run.seed)
+    for (kind, prompt), new in zip(PROMPTS.items(), continued, strict=True):
+        print(f"\n--- {kind}, continued at |\n{prompt}|{data.tokenizer.decode(new.tokens)}")
     print()
 
 

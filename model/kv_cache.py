@@ -29,12 +29,22 @@ class KVCache:
 
     Args:
         like: gives dtype and device of the activations.
+        layers: of which something is kept; None = all.
     """
 
-    def __init__(self, config: ModelConfig, rows: int, max_tokens: int, like: Tensor) -> None:
-        shape = (config.n_layers, rows, config.n_heads, max_tokens, config.head_dim)
-        self.keys = like.new_empty(shape)
-        self.values = like.new_empty(shape)
+    def __init__(
+        self, config: ModelConfig, rows: int, max_tokens: int, like: Tensor, layers: int | None = None
+    ) -> None:
+        shape = (
+            config.n_layers if layers is None else layers,
+            rows,
+            config.n_heads,
+            max_tokens,
+            config.head_dim,
+        )
+        # Not empty: a masked key has weight zero, and zero times what memory held may be NaN.
+        self.keys = like.new_zeros(shape)
+        self.values = like.new_zeros(shape)
         self.rotary = rotary_table(max_tokens, config.head_dim, config.rope_base, like)
         self.lengths = [0] * rows  # tokens that each row holds
 
@@ -86,3 +96,13 @@ class KVCache:
                 layer[: len(rows), :, :used] = layer[index, :, :used]
         self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
         self.lengths = [self.lengths[row] for row in rows]
+
+
+class OnePass(KVCache):
+    """For rows that come whole and are not continued: keys and values are used and forgotten."""
+
+    def __init__(self, config: ModelConfig, rows: int, max_tokens: int, like: Tensor) -> None:
+        super().__init__(config, rows, max_tokens, like, layers=0)
+
+    def append(self, layer: int, at: Columns, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return k, v
