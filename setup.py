@@ -37,7 +37,7 @@ setup(
     extras_require={
         "gpu": ["torch>=2.11,<2.14"],
         "tpu": ["torch==2.9.1", "torch_xla==2.9.0"],
-        "deepspeed": ["deepspeed>=0.19,<0.20", "ninja>=1.11,<2"],
+        "deepspeed": ["deepspeed>=0.19.8,<0.20", "ninja>=1.11,<2"],
         "eval": ["transformers>=5,<6", "lm_eval>=0.4.12,<0.5"],
         "dev": [
             "pytest>=9,<10",

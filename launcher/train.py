@@ -29,6 +29,7 @@ from openmoe.model.accounting import count_flops, count_parameters
 from openmoe.optim.build import build_optimizer
 from openmoe.optim.schedules import learning_rate
 from openmoe.parallel.build import DTYPES, build, exchange_of
+from openmoe.parallel.deepspeed_pairs import check_supported
 from openmoe.parallel.ranks import Ranks
 from openmoe.parallel.topology import GroupName, Topology, check_fit, resolve
 from openmoe.train.loop import Run, fit
@@ -46,7 +47,7 @@ def main() -> None:
 
 def train(config: Config, processes: Processes = ALONE) -> None:
     """One run from its configuration to its last checkpoint; every process of the run calls it."""
-    topology = processes.agree(lambda: lay_out(config, processes.world_size))
+    topology = processes.agree(lambda: lay_out(config, processes.world_size, alone=processes is ALONE))
     total_steps = processes.agree(lambda: count_steps(config))
     device = processes.start(config.run.device)
     run_dir = Path(config.run.dir)
@@ -66,6 +67,7 @@ def train(config: Config, processes: Processes = ALONE) -> None:
             observe=watchdog.enter, beat=watchdog.beat,
         )  # fmt: skip
         optimizer = build_optimizer(config.optim, ranks.named_parameters(), ranks.shards)
+        ranks.attach(optimizer)
         held_back = processes.agree(lambda: _held_back(config, loader, device, ranks))
         step = tokens_seen = 0
         counters, wandb_run_id = {"nonpad_tokens": 0, "loss_tokens": 0}, None
@@ -130,14 +132,20 @@ def train(config: Config, processes: Processes = ALONE) -> None:
             closing.close()
 
 
-def lay_out(config: Config, world_size: int) -> Topology:
-    """The layout of the run's processes; raises where the model or its batch does not fit it."""
+def lay_out(config: Config, world_size: int, alone: bool) -> Topology:
+    """The layout of the run's processes; raises where the model, its batch or the rest does not fit it.
+
+    `alone` is a process that nobody has started as one of a run."""
     topology = resolve(config.parallel, world_size)
     train = config.train
     check_fit(topology, config.model, train.seq_len, train.global_batch_rows, train.micro_batch_rows)
     exchange_of(config.model, config.parallel, topology)
-    if config.parallel.engine != "torch":
-        raise ConfigError(f"parallel.engine={config.parallel.engine}: this version has torch only")
+    match config.parallel.engine:
+        case "deepspeed":
+            frozen = train.freeze_router_at_step is not None
+            check_supported(config.parallel, config.optim, train.precision, freezes=frozen, alone=alone)
+        case "xla":
+            raise ConfigError("parallel.engine=xla: this version has torch and deepspeed")
     return topology
 
 

@@ -14,11 +14,12 @@ from openmoe.model.init import initialise
 from openmoe.model.tensor_ranks import ONE_RANK
 from openmoe.parallel.collectives import Group, Observer, TensorGroup
 from openmoe.parallel.config import ParallelConfig
+from openmoe.parallel.deepspeed_engine import DeepSpeedRanks
 from openmoe.parallel.expert_dispatch import fixed_dispatch, uneven_dispatch
 from openmoe.parallel.meshes import build_meshes
-from openmoe.parallel.parallelize import Sharding, parallelize, prepare_blocks
-from openmoe.parallel.placement import parameter_layouts
-from openmoe.parallel.ranks import OneProcess, Ranks, ShardedRanks
+from openmoe.parallel.parallelize import Sharding, cut, initialise_shards, parallelize, prepare_blocks
+from openmoe.parallel.placement import parameter_layouts, whole_on_data_ranks
+from openmoe.parallel.ranks import FsdpRanks, OneProcess, Ranks
 from openmoe.parallel.topology import Topology, TopologyError
 from openmoe.parallel.watchdog import GRACE_SECONDS
 
@@ -64,6 +65,13 @@ def build(
         )
     model = model.to(parameter_dtype)
     layouts = parameter_layouts(model, topology)
+    if parallel.engine == "deepspeed":
+        layouts = whole_on_data_ranks(layouts)
+        cut(model, layouts, topology, dist.get_rank())
+        prepare_blocks(model, parallel.recompute, parallel.compile)
+        model.to_empty(device=device)
+        initialise_shards(model, config, layouts, topology, dist.get_rank(), seed)
+        return model, DeepSpeedRanks(model, topology, groups, layouts, meshes, parallel.zero_stage, beat)
     parallelize(
         model,
         Sharding(topology, meshes, layouts, compute_dtype, parameter_dtype, observe),
@@ -73,7 +81,7 @@ def build(
         recompute=parallel.recompute,
         compile_modules=parallel.compile,
     )
-    return model, ShardedRanks(model, topology, groups, layouts, meshes, beat)
+    return model, FsdpRanks(model, topology, groups, layouts, meshes, beat)
 
 
 def build_decoder(config: ModelConfig, precision: str, device: torch.device, seed: int) -> Decoder:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from openmoe.model.config import ModelConfig
 from openmoe.model.decoder import Block, Decoder
@@ -98,13 +98,18 @@ def parallelize(
     """Turns a model with global shapes on the meta device into this rank's part, filled with its initial
     values."""
     topology, layouts = sharding.topology, sharding.layouts
-    for name, parameter in list(model.named_parameters()):
-        part = layouts[name].slices(topology, rank, with_shards=False)
-        _replace(model, name, parameter[part])
+    cut(model, layouts, topology, rank)
     prepare_blocks(model, recompute, compile_modules)
     sharding.apply(model)
     model.to_empty(device=device)
     initialise_shards(model, model.config, layouts, topology, rank, seed)
+
+
+def cut(model: nn.Module, layouts: dict[str, ParameterLayout], topology: Topology, rank: int) -> None:
+    """Leaves of each parameter the slice that the modules of `rank` compute with."""
+    for name, parameter in list(model.named_parameters()):
+        part = layouts[name].slices(topology, rank, with_shards=False)
+        _replace(model, name, parameter[part])
 
 
 def prepare_blocks(model: Decoder, recompute: Recompute, compile_modules: bool) -> None:
@@ -134,8 +139,9 @@ def initialise_shards(
 
 
 def local_shard(parameter: torch.Tensor) -> torch.Tensor:
-    """The memory of this rank's shard of a parameter or a gradient that FSDP holds."""
-    return parameter.detach().to_local()  # type: ignore[attr-defined]
+    """The memory of what this rank holds of a parameter or a gradient: its shard where FSDP has it."""
+    detached = parameter.detach()
+    return detached.to_local() if isinstance(detached, DTensor) else detached
 
 
 def _replace(model: nn.Module, name: str, value: torch.Tensor) -> None:

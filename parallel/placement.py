@@ -1,7 +1,7 @@
 """Which rank holds which part of each parameter: a table, and what follows from it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -68,6 +68,20 @@ def parameter_layouts(model: nn.Module, topology: Topology) -> dict[str, Paramet
     """
     return {
         name: _layout(name, tuple(parameter.shape), topology) for name, parameter in model.named_parameters()
+    }
+
+
+def whole_on_data_ranks(layouts: dict[str, ParameterLayout]) -> dict[str, ParameterLayout]:
+    """The same slices over tensor and expert groups, and no shards: ranks that read different rows hold
+    copies."""
+    return {
+        name: replace(
+            layout,
+            splits=tuple(
+                tuple(group for group in groups if not _is_shard(group)) for groups in layout.splits
+            ),
+        )
+        for name, layout in layouts.items()
     }
 
 

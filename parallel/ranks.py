@@ -1,4 +1,4 @@
-"""What training needs of the other processes: which rows are its own, sums, and complete gradients."""
+"""What training needs of the other processes: which rows are its own, sums, complete gradients, updates."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from openmoe.parallel.collectives import Group, sum_flat
 from openmoe.parallel.global_tensors import as_whole
-from openmoe.parallel.meshes import Meshes
+from openmoe.parallel.meshes import DENSE_AXES, EXPERT_AXES, Meshes
 from openmoe.parallel.parallelize import local_shard
 from openmoe.parallel.placement import ParameterLayout
 from openmoe.parallel.topology import GroupName, Topology
@@ -49,16 +49,22 @@ class Ranks(Protocol):
         """The whole tensor of which `local` is this process's part, sharing its memory: of the parameter
         `name`, or of a state that keeps its dimensions `dims` (`parallel.global_tensors`)."""
 
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before the first step and before a checkpoint is loaded: `optimizer`, made over
+        `named_parameters`, is the one that `update` will be called with."""
+
     def begin_micro_batch(self, last: bool) -> None:
         """Before each forward pass; `last` of the step."""
 
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass of a micro-batch; `loss` is this rank's term of a sum over the ranks."""
+
     def finish_gradients(self) -> Tensor:
-        """After the last backward pass: makes the gradients of `named_parameters` complete.
+        """After the last backward pass: makes the gradients complete. Returns their global norm, a scalar on
+        the device."""
 
-        Returns their global norm, a scalar on the device.
-        """
-
-    def clear_gradients(self) -> None: ...
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """One step of the optimizer over `named_parameters`; their gradients are gone afterwards."""
 
     def parameter_norm(self) -> Tensor:
         """Global norm of all parameters, a scalar on the device."""
@@ -84,13 +90,20 @@ class OneProcess:
     def as_whole(self, name: str, local: Tensor, dims: Sequence[int]) -> Tensor:
         return local
 
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        pass
+
     def begin_micro_batch(self, last: bool) -> None:
         pass
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
 
     def finish_gradients(self) -> Tensor:
         return sum_of_squares([p.grad for p in self.model.parameters() if p.grad is not None]).sqrt()
 
-    def clear_gradients(self) -> None:
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
         self.model.zero_grad(set_to_none=True)
 
     def parameter_norm(self) -> Tensor:
@@ -101,7 +114,48 @@ class OneProcess:
 
 
 class ShardedRanks:
-    """A run of several processes over a model that `parallelize` has shared out."""
+    """One of several processes, each with a part of the model by the tables of `placement`."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        groups: dict[GroupName, Group],
+        layouts: dict[str, ParameterLayout],
+        meshes: Meshes,
+    ) -> None:
+        world = groups["world"]
+        self.rank, self.world_size = world.rank, world.size
+        self.data_rank = topology.coordinate("data", self.rank)
+        self.data_size = topology.size("data")
+        self.counts_loss = topology.coordinate("tensor", self.rank) == 0
+        self.topology = topology
+        self.layouts = layouts
+        self.shards = ParameterShards(layouts, groups)
+        self.groups = groups
+        self.meshes = meshes
+
+    def as_whole(self, name: str, local: Tensor, dims: Sequence[int]) -> Tensor:
+        return as_whole(local, self.layouts[name], self.meshes, dims)
+
+    def sum_(self, x: Tensor) -> None:
+        self.groups["world"].sum_(x)
+
+    def global_norm(self, parts: Sequence[tuple[ParameterLayout, Tensor]]) -> Tensor:
+        """Each element counts once, on the first of the ranks that hold it."""
+        squares = sum_of_squares(
+            [part if self._is_first_copy(layout) else part[:0] for layout, part in parts]
+        )
+        self.sum_(squares)
+        return squares.sqrt()
+
+    def _is_first_copy(self, layout: ParameterLayout) -> bool:
+        axes = EXPERT_AXES if layout.is_expert else DENSE_AXES
+        shared = {group for groups in layout.splits for group in groups}
+        return all(axis in shared or self.topology.coordinate(axis, self.rank) == 0 for axis in axes)
+
+
+class FsdpRanks(ShardedRanks):
+    """A run over a model that `parallelize` has shared out."""
 
     def __init__(
         self,
@@ -113,18 +167,9 @@ class ShardedRanks:
         beat: Callable[[], None] = lambda: None,
     ) -> None:
         """`beat` is called before each forward pass: some layouts send nothing in it, and are not hanging."""
-        world = groups["world"]
-        self.rank, self.world_size = world.rank, world.size
-        self.data_rank = topology.coordinate("data", self.rank)
-        self.data_size = topology.size("data")
-        self.counts_loss = topology.coordinate("tensor", self.rank) == 0
-        self.topology = topology
-        self.layouts = layouts
-        self.shards = ParameterShards(layouts, groups)
+        super().__init__(topology, groups, layouts, meshes)
         self._model = model
         self._beat = beat
-        self._groups = groups
-        self._meshes = meshes
         # FSDP's own parameters are DTensors over the shards alone, whose shapes mean nothing to an optimizer.
         # These share their memory.
         self._local = [
@@ -135,13 +180,16 @@ class ShardedRanks:
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, local) for name, local, _ in self._local]
 
-    def as_whole(self, name: str, local: Tensor, dims: Sequence[int]) -> Tensor:
-        return as_whole(local, self.layouts[name], self._meshes, dims)
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        pass
 
     def begin_micro_batch(self, last: bool) -> None:
         self._beat()
         # Copies of the model need one sum a step; until then each adds up its own.
         cast(FSDPModule, self._model).set_requires_all_reduce(last)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
 
     def finish_gradients(self) -> Tensor:
         for _, local, sharded in self._local:
@@ -149,30 +197,16 @@ class ShardedRanks:
         present = [
             (self.layouts[name], local.grad) for name, local, _ in self._local if local.grad is not None
         ]
-        sum_flat(self._groups["tensor"], [grad for layout, grad in present if layout.partial_over_tensor])
-        return self._global_norm(present)
+        sum_flat(self.groups["tensor"], [grad for layout, grad in present if layout.partial_over_tensor])
+        return self.global_norm(present)
 
-    def parameter_norm(self) -> Tensor:
-        return self._global_norm([(self.layouts[name], local.detach()) for name, local, _ in self._local])
-
-    def _global_norm(self, parts: Sequence[tuple[ParameterLayout, Tensor]]) -> Tensor:
-        """Each element counts once, on the first of the ranks that hold it."""
-        first_copy = self.topology.coordinate("replicate", self.rank) == 0
-        squares = sum_of_squares(
-            [
-                part if first_copy and (self.counts_loss or not layout.partial_over_tensor) else part[:0]
-                for layout, part in parts
-            ]
-        )
-        self.sum_(squares)
-        return squares.sqrt()
-
-    def clear_gradients(self) -> None:
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
         for _, local, sharded in self._local:
             local.grad = sharded.grad = None
 
-    def sum_(self, x: Tensor) -> None:
-        self._groups["world"].sum_(x)
+    def parameter_norm(self) -> Tensor:
+        return self.global_norm([(self.layouts[name], local.detach()) for name, local, _ in self._local])
 
 
 class ParameterShards:

@@ -167,7 +167,7 @@ def train_step(
             / groups,
             "router_z_loss": sum((s.router_z_sum for s in sums.router), sums.lm.new_zeros(())) / groups,
         }
-        weighted(parts, config).backward()
+        ranks.backward(weighted(parts, config))
         parts = {name: part.detach() for name, part in parts.items()}
         parts |= {"correct": sums.correct, "loss_tokens": sums.weight}
         if not ranks.counts_loss:  # these rows' tokens are another rank's to count; routed tokens are its own
@@ -179,8 +179,7 @@ def train_step(
         router.append(sums.router)
     grad_norm = ranks.finish_gradients()
     set_learning_rate(optimizer, learning_rate)
-    optimizer.step()
-    ranks.clear_gradients()
+    ranks.update(optimizer)
     return StepResult(grad_norm=grad_norm, router=router, **total)
 
 

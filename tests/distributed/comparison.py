@@ -20,6 +20,7 @@ from openmoe.optim.build import build_optimizer
 from openmoe.optim.schedules import learning_rate
 from openmoe.parallel.build import build
 from openmoe.parallel.collectives import Observer
+from openmoe.parallel.deepspeed_engine import DeepSpeedRanks
 from openmoe.parallel.ranks import Ranks, ShardedRanks
 from openmoe.parallel.topology import Topology, check_fit
 from openmoe.train.record import step_metrics
@@ -123,6 +124,7 @@ class Training:
         self.micro_batch_rows = (rows.stop - rows.start) // setup.variant.micro_batches
         check_fit(topology, config.model, train.seq_len, train.global_batch_rows, self.micro_batch_rows)
         self.optimizer = build_optimizer(config.optim, self.ranks.named_parameters(), self.ranks.shards)
+        self.ranks.attach(self.optimizer)
 
     def batch(self, step: int) -> tuple[list[MicroBatch], float]:
         """This rank's micro-batches, and the loss tokens of all ranks."""
@@ -136,6 +138,8 @@ class Training:
     def step(self, number: int, optimizer: Any = None) -> dict[str, Any]:
         micro, loss_tokens = self.batch(number)
         rate = learning_rate(self.config.optim.schedule, number)
+        if optimizer is not None and isinstance(self.ranks, DeepSpeedRanks):
+            self.ranks.engine.optimizer = optimizer  # which its engine steps
         result = train_step(
             self.model,
             optimizer or self.optimizer,

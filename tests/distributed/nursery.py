@@ -10,6 +10,7 @@ outlive the process groups they name, and a later case with an equal mesh would 
 
 import ctypes
 import faulthandler
+import importlib
 import json
 import os
 import pickle
@@ -45,9 +46,11 @@ class Outcome:
     traceback: str | None = None
 
 
-def main(parent: int, control_fd: int, folder: Path) -> None:
+def main(parent: int, control_fd: int, folder: Path, imports: str = "") -> None:
     die_with_parent(parent)
     import_once()
+    if imports:
+        importlib.import_module(imports)
     control = socket.socket(fileno=control_fd)
     children: list[int] = []
     while command := control.recv(2):

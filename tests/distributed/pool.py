@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -44,9 +44,11 @@ class Pool:
 
     Args:
         folder: where the processes write what they print.
+        environment: variables of theirs.
+        imports: a module that takes long to import, which they have from the start.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None, imports: str = "") -> None:
         self._folder = folder
         self._cases = count()
         self._pids: list[int] = []
@@ -54,11 +56,11 @@ class Pool:
         self._control, theirs = socket.socketpair()
         self._control.settimeout(START_SECONDS)
         with theirs, (folder / "nursery.log").open("wb") as log:
-            start = f"main({os.getpid()}, {theirs.fileno()}, Path({str(folder)!r}))"
+            start = f"main({os.getpid()}, {theirs.fileno()}, Path({str(folder)!r}), {imports!r})"
             self._nursery = subprocess.Popen(
                 [sys.executable, "-c", f"from tests.distributed.nursery import Path, main; {start}"],
                 cwd=ROOT,
-                env={**os.environ, **ENVIRONMENT},
+                env={**os.environ, **ENVIRONMENT, **(environment or {})},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

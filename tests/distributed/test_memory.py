@@ -19,7 +19,7 @@ from openmoe.parallel.collectives import Group
 from openmoe.parallel.meshes import build_meshes
 from openmoe.parallel.parallelize import Sharding, parallelize
 from openmoe.parallel.placement import parameter_layouts
-from openmoe.parallel.ranks import ShardedRanks
+from openmoe.parallel.ranks import FsdpRanks
 from openmoe.parallel.topology import Topology, check_fit
 from tests.distributed.comparison import page
 
@@ -59,7 +59,7 @@ def bytes_of_rank(config: Config, topology: Topology, rank: int) -> int:
     sharding = Sharding(topology, meshes, layouts, torch.bfloat16, torch.float32, lambda *_: None)
     parallelize(model, sharding, rank=rank, seed=0, device=META)
     groups = {name: Group(name, group, lambda *_: None) for name, group in meshes.groups.items()}
-    ranks = ShardedRanks(model, topology, groups, layouts, meshes)
+    ranks = FsdpRanks(model, topology, groups, layouts, meshes)
     parameters = ranks.named_parameters()
     optimizer = build_optimizer(config.optim, parameters, ranks.shards)
     dist.destroy_process_group()
