@@ -52,6 +52,8 @@ setup(
         "console_scripts": [
             "openmoe-train=openmoe.launcher.train:main",
             "openmoe-account=openmoe.launcher.account:main",
+            "openmoe-export=openmoe.launcher.export:main",
+            "openmoe-import-weights=openmoe.launcher.import_weights:main",
             "openmoe-inspect-data=openmoe.launcher.inspect_data:main",
             "openmoe-prepare=openmoe.launcher.prepare:main",
             "openmoe-report=openmoe.launcher.report:main",

@@ -1,8 +1,10 @@
 """The `checkpoint` section of the configuration."""
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, Field, StringConstraints
+from pydantic import BaseModel, Field, StringConstraints, model_validator
+
+PathText = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\x00]+$")]
 
 
 class CheckpointConfig(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf_nan=False):
@@ -14,4 +16,16 @@ class CheckpointConfig(BaseModel, strict=True, extra="forbid", frozen=True, allo
     milestone_every_tokens: int | None = Field(None, gt=0)
     # none = start afresh; auto = the newest checkpoint in run.dir, afresh where there is none;
     # anything else = the folder of a checkpoint, or of a run (its newest one).
-    resume: Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\x00]+$")] = "none"
+    resume: PathText = "none"
+    # A checkpoint whose weights the run starts from, with a fresh optimizer at step 0; null = initial values.
+    # With resume=auto it counts where there is nothing to resume yet.
+    initialise_from: PathText | None = None
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.initialise_from is not None and self.resume not in ("none", "auto"):
+            raise ValueError(
+                f"initialise_from={self.initialise_from}: allowed with resume=none or auto, which is "
+                f"{self.resume}: a resumed run has its weights"
+            )
+        return self

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,16 +50,8 @@ def prepare(
     if config.root is not None and is_prepared(Path(config.root)):
         return open_prepared(Path(config.root), config.tokenizer.path, vocab_limit, sources)
     cache = cache_folder(config.cache_dir)
-    if config.root is None:
-        raw_sources = embedded_sources(sources, cache)
-    else:
-        raw_sources = folder_sources(config.root, sources)
-    hashes = file_hashes(raw_sources)
-    settings = EncodeSettings("text", config.validation_fraction, "stop", encoding_threads())
-    work = Work(settings, _SHARD_BYTES, workers=1)
-    contents = {
-        raw.name: [(file.name, file.split, hashes[file.name]) for file in raw.files] for raw in raw_sources
-    }
+    raw_sources, hashes, work = _raw_text(config, sources, cache)
+    contents = _contents(raw_sources, hashes)
     tokenizer = _tokenizer(config, raw_sources, contents, cache, work)
     _check_fits(tokenizer, vocab_limit)
     prepared: dict[str, PreparedSource] = {}
@@ -71,6 +63,17 @@ def prepare(
         )
         prepared |= open_sources(folder)
     return PreparedData(tokenizer, prepared)
+
+
+def open_tokenizer(config: DataConfig, sources: Sequence[str]) -> Tokenizer:
+    """The tokenizer that `prepare` would read these sources with; no text is tokenised for it."""
+    if config.root is not None and is_prepared(Path(config.root)):
+        return load_tokenizer(str(Path(config.root) / TOKENIZER), "data.root")
+    if config.tokenizer.path is not None:
+        return load_tokenizer(config.tokenizer.path)
+    cache = cache_folder(config.cache_dir)
+    raw_sources, hashes, work = _raw_text(config, sources, cache)
+    return _tokenizer(config, raw_sources, _contents(raw_sources, hashes), cache, work)
 
 
 def open_prepared(
@@ -95,6 +98,27 @@ def open_prepared(
         if name not in found:
             raise DataError(f"source {name!r} is not in data.root={folder}; there are {', '.join(found)}")
     return PreparedData(tokenizer, {name: found[name] for name in sorted(set(names or found))})
+
+
+def _raw_text(
+    config: DataConfig, sources: Sequence[str] | None, cache: Path
+) -> tuple[list[RawSource], dict[str, str], Work]:
+    """The sources, the sha256 of their files by name, and how they are tokenised."""
+    if config.root is None:
+        raw_sources = embedded_sources(sources, cache)
+    else:
+        raw_sources = folder_sources(config.root, sources)
+    settings = EncodeSettings("text", config.validation_fraction, "stop", encoding_threads())
+    return raw_sources, file_hashes(raw_sources), Work(settings, _SHARD_BYTES, workers=1)
+
+
+def _contents(
+    raw_sources: Sequence[RawSource], hashes: Mapping[str, str]
+) -> dict[str, list[tuple[str, str | None, str]]]:
+    """What a source is made of, for cache keys."""
+    return {
+        raw.name: [(file.name, file.split, hashes[file.name]) for file in raw.files] for raw in raw_sources
+    }
 
 
 def _check_fits(tokenizer: Tokenizer, vocab_limit: int | None) -> None:

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from openmoe.checkpoint.errors import CheckpointError
 from openmoe.checkpoint.manager import find_checkpoint
+from openmoe.checkpoint.manifest import read_manifest
+from openmoe.checkpoint.origin import checkpoint_at
 from openmoe.launcher.errors import ConfigError
 
 
@@ -17,6 +20,11 @@ def resume_point(resume: str, run_dir: Path) -> Path | None:
     Raises ConfigError where the folder holds another run, CheckpointError where `resume` names no checkpoint.
     """
     found = find_checkpoint(resume, run_dir)
+    if found is not None and _holds_weights_alone(found):
+        raise ConfigError(
+            f"checkpoint.resume={resume}: {found} holds weights alone; start a run from them with "
+            f"checkpoint.initialise_from={found}"
+        )
     try:
         used = (run_dir / "metrics.jsonl").exists() or any(run_dir.glob("checkpoints/step_*"))
     except OSError as error:
@@ -26,6 +34,24 @@ def resume_point(resume: str, run_dir: Path) -> Path | None:
             f"run.dir={run_dir}: holds a run already; choose another, or checkpoint.resume=auto to go on"
         )
     return found
+
+
+def _holds_weights_alone(checkpoint: Path) -> bool:
+    try:
+        kinds = {name.split("/")[0] for name in read_manifest(checkpoint).tensors}
+    except CheckpointError:
+        return False  # damaged: who loads it says so, and what to do
+    return kinds == {"model"}
+
+
+def start_point(initialise_from: str | None, resume_from: Path | None) -> Path | None:
+    """The checkpoint whose weights a run starts with; None where it has its own, or resumes.
+
+    Raises CheckpointError where the path holds none.
+    """
+    if initialise_from is None or resume_from is not None:
+        return None
+    return checkpoint_at("checkpoint.initialise_from", initialise_from)
 
 
 def belongs_to(checkpoint: Path | None, run_dir: Path) -> bool:

@@ -11,7 +11,8 @@ from typing import Any, cast
 import torch
 
 from openmoe.checkpoint.manager import CheckpointManager, load_checkpoint
-from openmoe.checkpoint.state import restore_counters, training_tensors
+from openmoe.checkpoint.state import model_tensors, restore_counters, training_tensors
+from openmoe.checkpoint.weights import load_weights
 from openmoe.data.batch_memory import AllocateBytes, ordinary_memory
 from openmoe.data.config import ObjectiveName
 from openmoe.data.curriculum import Curriculum
@@ -23,7 +24,7 @@ from openmoe.launcher.entry import run_joined
 from openmoe.launcher.errors import ConfigError
 from openmoe.launcher.outputs import Outputs, hold_folder, open_outputs
 from openmoe.launcher.processes import ALONE, Processes
-from openmoe.launcher.run_folder import belongs_to, resume_point
+from openmoe.launcher.run_folder import belongs_to, resume_point, start_point
 from openmoe.launcher.schema import Config
 from openmoe.model.accounting import count_flops, count_parameters
 from openmoe.optim.build import build_optimizer
@@ -52,10 +53,12 @@ def train(config: Config, processes: Processes = ALONE) -> None:
     device = processes.start(config.run.device)
     run_dir = Path(config.run.dir)
     resume_from = processes.agree(lambda: resume_point(config.checkpoint.resume, run_dir))
+    weights_from = processes.agree(lambda: start_point(config.checkpoint.initialise_from, resume_from))
     data = processes.first_of_node(
         lambda: prepare(config.data, config.model.vocab_size, source_names(config))
     )
-    processes.require_same({"the checkpoint to go on from": str(resume_from)} | data.fingerprint)
+    same = {"the checkpoint to go on from": str(resume_from), "checkpoint.initialise_from": str(weights_from)}
+    processes.require_same(same | data.fingerprint)
     rows = topology.rows_of(processes.rank, config.train.global_batch_rows)
     loader = processes.agree(lambda: build_loader(config, data, host_memory(device), rows))
 
@@ -71,6 +74,11 @@ def train(config: Config, processes: Processes = ALONE) -> None:
         held_back = processes.agree(lambda: _held_back(config, loader, device, ranks))
         step = tokens_seen = 0
         counters, wandb_run_id = {"nonpad_tokens": 0, "loss_tokens": 0}, None
+        if weights_from is not None:
+            with watchdog.pause():
+                load_weights(
+                    weights_from, model_tensors(model, ranks), model_identity(config), processes.peers
+                )
         if resume_from is not None:
             tensors = training_tensors(model, optimizer, ranks)
             with watchdog.pause():
@@ -124,7 +132,7 @@ def train(config: Config, processes: Processes = ALONE) -> None:
             counters=counters,
         )
         say = outputs.progress.print if outputs else processes.log.write
-        _announce(say, run, config, topology, resume_from, peak.source, repetitions)
+        _announce(say, run, config, topology, resume_from or weights_from, peak.source, repetitions)
         _fit(run, stop, say, run_dir)
         if outputs:
             outputs.exit_code = 0
@@ -275,12 +283,14 @@ def _announce(
     run: Run,
     config: Config,
     topology: Topology,
-    resume_from: Path | None,
+    origin: Path | None,
     peak_source: str,
     repetitions: list[Repetition],
 ) -> None:
     parameters = count_parameters(config.model).total
-    start = f"resumed from {resume_from} (step {run.step})" if resume_from else "from the start"
+    start = "from the start"
+    if origin is not None:
+        start = f"resumed from {origin} (step {run.step})" if run.step else f"with the weights of {origin}"
     layout = ""
     if topology.world_size > 1:
         layout = (

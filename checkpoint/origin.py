@@ -1,0 +1,70 @@
+"""What a checkpoint says of its model beside the tensors: configuration, tokenizer, loss weights."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from openmoe.checkpoint.errors import CheckpointError
+from openmoe.checkpoint.manager import FOLDER, latest
+from openmoe.checkpoint.manifest import MANIFEST_NAME, Manifest
+from openmoe.checkpoint.released_config import LossWeights
+from openmoe.checkpoint.storage import PARTIAL
+from openmoe.data.config import DataConfig
+from openmoe.data.prepare import open_tokenizer
+from openmoe.data.shards import TOKENIZER
+from openmoe.data.tokenizer import Tokenizer, load_tokenizer
+from openmoe.model.config import ModelConfig
+
+Section = TypeVar("Section", bound=BaseModel)
+
+
+def checkpoint_at(key: str, path: str) -> Path:
+    """The checkpoint that `path`, the value of `key`, names: its folder, or a run's, whose newest is meant.
+
+    Raises CheckpointError where there is none.
+    """
+    folder = Path(path)
+    try:
+        found = folder if (folder / MANIFEST_NAME).is_file() else latest(folder / FOLDER) or latest(folder)
+    except OSError as error:
+        raise CheckpointError(f"{key}={path}: can't be read: {error.strerror}") from None
+    if found is None or found.name.endswith(PARTIAL):
+        raise CheckpointError(
+            f"{key}={path}: no checkpoint there; allowed the folder of a checkpoint (.../checkpoints/step_N) "
+            "or of a run"
+        )
+    return found
+
+
+def model_config_of(folder: Path, manifest: Manifest) -> ModelConfig:
+    return _validated(folder, ModelConfig, manifest.model)
+
+
+def loss_weights_of(folder: Path, manifest: Manifest) -> LossWeights:
+    """What the model was trained with; the released models' weights where the checkpoint does not say."""
+    train = manifest.metadata.get("config", {}).get("train", {})
+    known = {name: train[name] for name in LossWeights.model_fields if name in train}
+    return _validated(folder, LossWeights, known)
+
+
+def tokenizer_of(folder: Path, manifest: Manifest) -> Tokenizer:
+    """The tokenizer in the checkpoint, or the one that its run read its data with.
+
+    Raises CheckpointError where the checkpoint names none, DataError where that is gone.
+    """
+    if TOKENIZER in manifest.files:
+        return load_tokenizer(str(folder / TOKENIZER), "checkpoint")
+    config = manifest.metadata.get("config", {})
+    if "data" not in config or "curriculum" not in config:
+        raise CheckpointError(f"{folder}: holds no tokenizer, and does not say which one its model had")
+    sources = {name for phase in config["curriculum"] for name, rate in phase["mix"].items() if rate > 0}
+    return open_tokenizer(_validated(folder, DataConfig, config["data"]), sorted(sources))
+
+
+def _validated(folder: Path, section: type[Section], values: dict[str, Any]) -> Section:
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise CheckpointError(f"{folder}: {section.__name__}: {place}: {error.errors()[0]['msg']}") from None
