@@ -14,6 +14,9 @@ class CheckpointConfig(BaseModel, strict=True, extra="forbid", frozen=True, allo
     keep: int = Field(2, ge=0)  # newest checkpoints kept, beside the milestones; 0 = all
     # A checkpoint at the first step at or after each multiple, in tokens; never deleted. null = none.
     milestone_every_tokens: int | None = Field(None, gt=0)
+    # The run goes on while a checkpoint is written, from copies in host memory; at most one at a time.
+    asynchronous: bool = True
+    save_timeout_seconds: float = Field(3600.0, gt=0)  # a save that takes longer ends the run
     # none = start afresh; auto = the newest checkpoint in run.dir, afresh where there is none;
     # anything else = the folder of a checkpoint, or of a run (its newest one).
     resume: PathText = "none"

@@ -1,15 +1,21 @@
 """The checkpoints of one run: when to write one, which to keep, where to go on."""
 
+import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
+from openmoe.checkpoint.background import Background
 from openmoe.checkpoint.config import CheckpointConfig
+from openmoe.checkpoint.course import Course
 from openmoe.checkpoint.errors import CheckpointError, CheckpointWriteError
+from openmoe.checkpoint.host_copies import HostCopies
 from openmoe.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from openmoe.checkpoint.storage import (
     PARTIAL,
@@ -20,21 +26,40 @@ from openmoe.checkpoint.storage import (
     write_checkpoint,
 )
 from openmoe.checkpoint.together import ALL, Peers
+from openmoe.parallel.time_limit import TimeLimit
+from openmoe.parallel.watchdog import is_lost_contact
 
 FOLDER = "checkpoints"  # inside a run's folder
 STALE = ".stale"  # set aside: a step that the resumed run has yet to reach
+_BREAK_OFF_SECONDS = 2.0  # for a save that is not to go on; what it leaves is put away by the next start
 
 
 class CheckpointManager:
     """Writes to `run_dir`/checkpoints/step_N. Only one run may have a manager of it at a time.
 
-    Each process of the run has one. The first alone renames and deletes; `save` needs all of them.
+    Each process of the run has one. The first alone renames and deletes; `save` and `finish` need all of
+    them. With `config.asynchronous` a save goes on in a thread after `save` has returned, and:
+
+    - `wait_to_update` is to be called before anything changes the tensors again,
+    - once `has_failed`, on any process, all are to call `finish`, which raises what went wrong,
+    - `finish` or `leave` is to be called in the end.
     """
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, peers: Peers = ALL) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        peers: Peers = ALL,
+        log_fd: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        """`log_fd` gives an open file for the last words of a process whose save takes too long."""
         self.directory = run_dir / FOLDER
         self.config = config
         self.peers = peers
+        self._log_fd = log_fd
+        self._copies = HostCopies()
+        self._course = Course()
+        self._saving: Background | None = None
         if peers.is_first:
             recover(self.directory)
 
@@ -57,32 +82,86 @@ class CheckpointManager:
         milestone: bool,
         model: dict[str, Any],
         metadata: dict[str, Any],
+        before_commit: Callable[[], None] = lambda: None,
     ) -> Path:
         """Writes the checkpoint of `step`, then deletes those that `keep` no longer covers.
 
         `tensors` under their logical names (see state.py), `model` the model's configuration, `metadata` any
-        JSON that the training loop wants back; the first process's counts.
+        JSON that the training loop wants back; the first process's counts. `before_commit` is called there
+        before the checkpoint gets its name. Waits for an earlier save that is not finished yet.
 
-        Raises CheckpointWriteError where the disk refuses; earlier checkpoints are whole then.
+        Raises CheckpointWriteError where the disk refuses, here or in `finish`; earlier checkpoints are whole
+        then.
         """
+        self.finish()
         folder = self.directory / f"step_{step}"
-        try:
-            write_checkpoint(
-                folder,
-                tensors,
-                step=step,
-                tokens_seen=tokens_seen,
-                milestone=milestone,
-                model=model,
-                metadata=metadata,
-                peers=self.peers,
-            )
-        except CheckpointWriteError as error:
-            last = self.peers.on_first(lambda: latest(self.directory))
-            kept = f"; the last one is whole: {last}" if last else "; there is no earlier one"
-            raise CheckpointWriteError(error.errno, f"{error.strerror}{kept}") from error
-        self.peers.on_first(self._remove_old)
+        course = self._course = Course()
+        write = partial(
+            self._write,
+            folder,
+            tensors,
+            step=step,
+            tokens_seen=tokens_seen,
+            milestone=milestone,
+            model=model,
+            metadata=copy.deepcopy(metadata),  # of what goes on to count
+            before_commit=before_commit,
+            course=course,
+        )
+        if self.config.asynchronous:
+            self._copies.begin(tensors)
+            self._saving = Background(partial(write, take=self._copies.take), name=f"save of {folder.name}")
+        else:
+            write()
         return folder
+
+    @property
+    def has_failed(self) -> bool:
+        """Has the save in the background gone wrong, as far as this process knows? For a moment only some
+        do."""
+        return self._saving is not None and self._saving.has_failed
+
+    def wait_to_update(self) -> None:
+        """Returns when nothing is read any more of the tensors of the last `save`."""
+        self._copies.wait()
+
+    def finish(self) -> None:
+        """Waits for the save in the background, if there is one, and raises what went wrong in it."""
+        if self._saving is not None:
+            self._saving.ends_within(None)  # Ctrl-C leaves it to `leave`
+            saving, self._saving = self._saving, None
+            saving.wait()
+
+    def leave(self, error: BaseException) -> None:
+        """The run ends with `error`. A save that all processes are still there for is finished, another one
+        is broken off; what goes wrong in it is no news then."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            if isinstance(error, Exception) and not is_lost_contact(error):
+                saving.ends_within(None)
+            else:
+                self._course.cancel()
+                saving.ends_within(_BREAK_OFF_SECONDS)
+
+    def _write(
+        self, folder: Path, tensors: Mapping[str, Tensor], *, step: int, course: Course, **rest: Any
+    ) -> None:
+        def too_long() -> str:
+            who = f"rank {dist.get_rank()}: " if self.peers.are_several else ""
+            limit = f"{self.config.save_timeout_seconds:g} s (checkpoint.save_timeout_seconds)"
+            return f"{who}the save of step {step} is not done after {limit}: {course.place}"
+
+        with TimeLimit(self.config.save_timeout_seconds, too_long, self._log_fd):
+            try:
+                write_checkpoint(folder, tensors, step=step, peers=self.peers, course=course, **rest)
+            except CheckpointWriteError as error:
+                last = self.peers.on_first(lambda: latest(self.directory))
+                kept = f"; the last one is whole: {last}" if last else "; there is no earlier one"
+                raise CheckpointWriteError(error.errno, f"{error.strerror}{kept}") from error
+            finally:
+                self._copies.release()  # also where it has not come to the copying
+            course.at("deleting old checkpoints")
+            self.peers.on_first(self._remove_old)
 
     def set_aside_newer(self, step: int) -> list[Path]:
         """Renames checkpoints newer than `step`, which a run resumed there would mix with its own; returns
@@ -168,7 +247,8 @@ def steps(directory: Path) -> list[Path]:
 
 
 def _is_step(folder: Path) -> bool:
-    return folder.name.startswith("step_") and folder.name.removeprefix("step_").isdecimal()
+    number = folder.name.removeprefix("step_")
+    return number.isascii() and number.isdecimal() and folder.name == f"step_{int(number)}"
 
 
 def _step(folder: Path) -> int:

@@ -82,6 +82,7 @@ class ShardWriter(dcp.HuggingFaceStorageWriter):
                 results = self._write(plan)
         except Exception as error:
             self._error = error
+        self._course.at("waiting for another rank: writing files")
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done

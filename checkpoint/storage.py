@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -28,6 +28,8 @@ from openmoe.checkpoint.manifest import MANIFEST_NAME, Manifest, TensorEntry, re
 from openmoe.checkpoint.pieces import fault_in
 from openmoe.checkpoint.shards import SUFFIX, ShardWriter, StoredPiece, pieces_in
 from openmoe.checkpoint.together import ALL, Peers
+
+Result = TypeVar("Result")
 
 PARTIAL = ".partial"  # not committed yet, or being deleted
 REPLACED = ".replaced"  # older checkpoint of the same step, until the newer one has its name
@@ -61,15 +63,15 @@ def write_checkpoint(
 
     Raises CheckpointWriteError where the disk refuses, after removing what was written.
     """
-    partial = folder.with_name(folder.name + PARTIAL)
+    building = folder.with_name(folder.name + PARTIAL)
     course = course or Course()
     parts: dict[str, Tensor] = {}
     try:
-        course.at("copying tensors to the host, or waiting for other processes that do")
-        peers.on_every(lambda: parts.update(take() if take else _parts_here(tensors)))
-        course.at(f"making {partial.name}")
-        peers.on_first(lambda: _make_empty(partial))
-        files = _write_tensors(partial, tensors, parts, peers, course)
+        _on_every(
+            peers, course, "copying tensors", lambda: parts.update(take() if take else _parts_here(tensors))
+        )
+        _on_first(peers, course, f"making {building.name}", lambda: _make_empty(building))
+        files = _write_tensors(building, tensors, parts, peers, course)
 
         def finish() -> None:
             manifest = Manifest(
@@ -83,21 +85,20 @@ def write_checkpoint(
                 files=files,
                 tensors={name: TensorEntry.of(tensor) for name, tensor in tensors.items()},
             )
-            write_file(partial / MANIFEST_NAME, [manifest.text().encode()], course)
-            sync_folder(partial)
+            write_file(building / MANIFEST_NAME, [manifest.text().encode()], course)
+            sync_folder(building)
             before_commit()
-            course.go_on(f"renaming {partial.name}")
-            _commit(partial, folder)
+            course.go_on(f"renaming {building.name}")
+            _commit(building, folder)
 
-        course.at("waiting for rank 0 to write the manifest and to rename the folder")
-        peers.on_first(finish)
+        _on_first(peers, course, f"finishing {building.name}", finish)
     except OSError as error:
-        _give_up(partial, peers)
+        _give_up(building, peers)
         raise CheckpointWriteError(
             error.errno, f"{folder}: not written: {error.strerror or error}"
         ) from error
     except BaseException:
-        _give_up(partial, peers)
+        _give_up(building, peers)
         raise
 
 
@@ -209,14 +210,29 @@ def _write_tensors(
         file_of[name] = 1 + size // FILE_BYTES
     index = {number: i for i, number in enumerate(sorted(set(file_of.values())), start=1)}
     writer = ShardWriter(folder, {name: index[number] for name, number in file_of.items()}, parts, course)
-    course.at("agreeing with the other processes on who writes what")
+    course.at("waiting for another rank: who writes what")
     with _quiet(), _own_errors():
         # torch takes shapes and places from `tensors`, and the writer the values from `parts`.
         dcp.save(
             dict(tensors), storage_writer=writer, process_group=peers.group, no_dist=not peers.are_several
         )
-    course.at("waiting for the other processes to have written their files")
-    return {name: entry for part in peers.on_every(writer.entries) for name, entry in part.items()}
+    entries = _on_every(peers, course, "digests", writer.entries)
+    return {name: entry for part in entries for name, entry in part.items()}
+
+
+def _on_first(peers: Peers, course: Course, what: str, work: Callable[[], None]) -> None:
+    course.at(what if peers.is_first else f"waiting for rank 0: {what}")
+    peers.on_first(work)
+
+
+def _on_every(peers: Peers, course: Course, what: str, work: Callable[[], Result]) -> list[Result]:
+    def then_wait() -> Result:
+        course.at(what)
+        result = work()
+        course.at(f"waiting for another rank: {what}")
+        return result
+
+    return peers.on_every(then_wait)
 
 
 def _parts_here(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

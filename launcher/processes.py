@@ -161,9 +161,12 @@ class JoinedProcesses(Processes):
                 device_id=device if use_cuda else None,
             )
             self._group = dist.new_group(backend="gloo", timeout=self._start_timeout, group_desc="agree")
+            # Of its own: a save in the background must not meet what the training agrees on meanwhile.
+            saving = dist.new_group(backend="gloo", timeout=self._start_timeout, group_desc="checkpoint")
             self._exchange("")  # a rank that could not connect would only be missed hours later
-            _set_pg_timeout(_LONGEST_WAIT, self._group)
-            self.peers = Peers(self._group)
+            for group in (self._group, saving):
+                _set_pg_timeout(_LONGEST_WAIT, group)
+            self.peers = Peers(saving)
         except RuntimeError as error:
             raise self._lost("while the processes were connected", error) from error
         return device

@@ -97,7 +97,10 @@ def train(config: Config, processes: Processes = ALONE) -> None:
         # Everything that can be wrong with the input has been found; from here on files are written.
         is_first = processes.rank == 0
         processes.agree(lambda: closing.enter_context(hold_folder(config, resume_from)) if is_first else None)
-        checkpoints = CheckpointManager(run_dir, config.checkpoint, processes.peers)
+        checkpoints = CheckpointManager(
+            run_dir, config.checkpoint, processes.peers, lambda: processes.log.fileno()
+        )
+        optimizer.register_step_pre_hook(lambda *_: checkpoints.wait_to_update())
         checkpoints.set_aside_newer(step)  # before their lines go: a crash in between must leave them some
         outputs = processes.agree(
             lambda: (
@@ -118,6 +121,8 @@ def train(config: Config, processes: Processes = ALONE) -> None:
             held_back=held_back,
             total_steps=total_steps,
             save=partial(_save, checkpoints, config, outputs),
+            save_has_failed=lambda: checkpoints.has_failed,
+            finish_save=checkpoints.finish,
             save_due=checkpoints.is_due,
             utilization=lambda positions, loss_tokens, seconds: (
                 flops.of_step(positions, loss_tokens) / seconds / peak.per_second / topology.world_size
@@ -133,7 +138,7 @@ def train(config: Config, processes: Processes = ALONE) -> None:
         )
         say = outputs.progress.print if outputs else processes.log.write
         _announce(say, run, config, topology, resume_from or weights_from, peak.source, repetitions)
-        _fit(run, stop, say, run_dir)
+        _fit(run, stop, say, run_dir, checkpoints)
         if outputs:
             outputs.exit_code = 0
         with watchdog.pause():  # W&B may take its time
@@ -246,8 +251,6 @@ def model_identity(config: Config) -> dict[str, Any]:
 
 
 def _save(checkpoints: CheckpointManager, config: Config, outputs: Outputs | None, run: Run) -> None:
-    if outputs:
-        outputs.jsonl.sync()  # the checkpoint's own line must be there after a crash
     checkpoints.save(
         training_tensors(run.model, run.optimizer, run.ranks),
         step=run.step,
@@ -261,6 +264,8 @@ def _save(checkpoints: CheckpointManager, config: Config, outputs: Outputs | Non
             "wandb_run_id": outputs.wandb.run_id if outputs else None,
             "config": config.model_dump(),
         },
+        # The checkpoint's own line must be there after a crash.
+        before_commit=outputs.jsonl.sync if outputs else lambda: None,
     )
 
 
@@ -309,10 +314,16 @@ def _announce(
             )
 
 
-def _fit(run: Run, stop: StopSignals, say: Callable[[str], None], run_dir: Path) -> None:
+def _fit(
+    run: Run, stop: StopSignals, say: Callable[[str], None], run_dir: Path, checkpoints: CheckpointManager
+) -> None:
     start, first_step = time.monotonic(), run.step
     try:
         stopped_by = fit(run, stop)
+    except BaseException as error:
+        with run.watchdog.pause():
+            checkpoints.leave(error)
+        raise
     finally:
         run.loader.close()
     seconds = time.monotonic() - start

@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Self
+from typing import NoReturn, Self
 
 import torch.distributed as dist
 
@@ -148,11 +148,9 @@ class Watchdog(NoWatchdog):
             still = 0.0 if found != seen or self._pauses else still + passed
             seen = found
             if still >= self.timeout_seconds:
-                self._bark(still)
-                time.sleep(_OTHERS_SECONDS)
-                os._exit(_EXIT_CODE)
+                end_with(self._line(still), self._log_fd)
 
-    def _bark(self, seconds: float) -> None:
+    def _line(self, seconds: float) -> str:
         """Says where this rank is."""
         at = f"at step {self._step}" if self._step is not None else "before the first step"
         if self._group is None:
@@ -160,18 +158,26 @@ class Watchdog(NoWatchdog):
         else:
             kind = f"{self._kind} " if self._kind else ""
             place = f"after {kind}in {self._named_group()}, collective {self._count} of the step"
-        line = f"error: rank {self.rank}: nothing has moved for {seconds:.0f} s {at} {place}\n"
-        os.write(2, line.encode())  # sys.stderr may be locked by what hangs
-        writing = threading.Thread(target=self._write_log, args=(line,), daemon=True)
-        writing.start()
-        writing.join(_LOG_SECONDS)
+        return f"rank {self.rank}: nothing has moved for {seconds:.0f} s {at} {place}"
 
-    def _write_log(self, line: str) -> None:
-        log_fd = self._log_fd()
-        if log_fd is not None:
+
+def end_with(line: str, log_fd: Callable[[], int | None]) -> NoReturn:
+    """Says `line` on stderr and in the rank's log, with what each thread is at, and ends with exit code 3."""
+    text = f"error: {line}\n".encode()
+
+    def write_log() -> None:
+        file = log_fd()
+        if file is not None:
             with contextlib.suppress(OSError):
-                os.write(log_fd, line.encode())
-                faulthandler.dump_traceback(log_fd)
+                os.write(file, text)
+                faulthandler.dump_traceback(file)
+
+    os.write(2, text)  # sys.stderr may be locked by what hangs
+    writing = threading.Thread(target=write_log, daemon=True)
+    writing.start()
+    writing.join(_LOG_SECONDS)
+    time.sleep(_OTHERS_SECONDS)
+    os._exit(_EXIT_CODE)
 
 
 def is_lost_contact(error: BaseException) -> bool:

@@ -36,7 +36,9 @@ class Run:
     loader: Loader
     held_back: Mapping[str, Mapping[str, Sequence[MicroBatch]]]  # objective -> source -> batches
     total_steps: int
-    save: Callable[["Run"], None]
+    save: Callable[["Run"], None]  # may go on in the background
+    save_has_failed: Callable[[], bool]  # ... and fail there, as far as this process knows
+    finish_save: Callable[[], None]  # waits for it; raises what went wrong
     save_due: Callable[[int, int, int], bool]  # (step, tokens before it, tokens_seen) -> save now?
     utilization: Callable[[int, int, float], float]  # (positions, loss tokens, seconds) of a step -> MFU
     writers: Sequence[Writer]  # of the steps' lines; none on ranks other than 0
@@ -55,9 +57,11 @@ class Run:
 def fit(run: Run, stop: StopSignals) -> str | None:
     """Train to run.total_steps, or save and leave at a signal; returns its name, or None.
 
-    Raises NonFiniteLoss; checkpoints written before stay as they are.
+    Raises NonFiniteLoss, and what went wrong in a save at the end of the next step; checkpoints written
+    before stay as they are.
     """
     moe_layers = run.model.config.moe_layers
+    stopped_by: str | None = None
     while run.step < run.total_steps:
         start = time.perf_counter()
         run.watchdog.step(run.step + 1)
@@ -79,12 +83,15 @@ def fit(run: Run, stop: StopSignals) -> str | None:
             "data_seconds": data_seconds,
             "peak_memory_bytes": peak_memory_bytes(run.device),
             "votes_to_stop": stop.vote(),
+            "failed_saves": float(run.save_has_failed()),
         }
         metrics, of_ranks = step_metrics(result, moe_layers, run.ranks, own)
         seconds = time.perf_counter() - start
         run.step += 1
         run.tokens_before, run.tokens_seen = run.tokens_seen, run.tokens_seen + batch.positions
         _require_finite({name: metrics[name] for name in ("loss", "grad_norm")}, run, batch)
+        if any(of_ranks["failed_saves"]):
+            _finish_save(run)
 
         stopped_by = stop.agreed(sum(of_ranks["votes_to_stop"]))
         line = _line(run, batch, metrics, rate, seconds) | {
@@ -102,8 +109,14 @@ def fit(run: Run, stop: StopSignals) -> str | None:
             with run.watchdog.pause():
                 run.save(run)
             if stopped_by:
-                return stopped_by
-    return None
+                break
+    _finish_save(run)
+    return stopped_by
+
+
+def _finish_save(run: Run) -> None:
+    with run.watchdog.pause():
+        run.finish_save()
 
 
 def _line(run: Run, batch: StepBatch, metrics: dict[str, Any], rate: float, seconds: float) -> dict[str, Any]:

@@ -33,7 +33,8 @@ run = Path(sys.argv[1])
 def save(manager, step, value, elements=50_000):
     tensors = {name: torch.full((elements,), float(value)) for name in ("model/a", "model/b")}
     counts = {"step": step, "tokens_seen": step, "milestone": False}
-    return manager.save(tensors, **counts, model={}, metadata={"value": value})
+    manager.save(tensors, **counts, model={}, metadata={"value": value})
+    manager.finish()
 
 def check(allowed):
     manager = CheckpointManager(run, CheckpointConfig(keep=2))  # what a restarted run does first
@@ -182,6 +183,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
         def save(step: int, elements: int) -> None:
             tensors = {"model/a": torch.zeros(elements)}
             manager.save(tensors, step=step, tokens_seen=step, milestone=False, model={}, metadata={})
+            manager.finish()
 
         save(1, 1000)
         disk_status = os.statvfs(disk)
@@ -239,6 +241,7 @@ def test_any_call_to_the_disk_may_fail(same_step: bool, again: bool, tmp_path: P
             tensors = {"model/a": torch.full((1000,), float(value))}
             counts = {"step": step, "tokens_seen": step, "milestone": False}
             manager.save(tensors, **counts, model={}, metadata={"value": value})
+            manager.finish()
 
         save(1, 2 * number)
         code = (errno.ENOSPC, errno.EACCES, errno.EIO)[number % 3]

@@ -12,7 +12,7 @@ from openmoe.checkpoint.storage import verify_checkpoint
 
 
 def save(manager: CheckpointManager, step: int, milestone: bool = False, value: float = 0.0) -> Path:
-    return manager.save(
+    folder = manager.save(
         {"model/a": torch.full((4,), value)},
         step=step,
         tokens_seen=step,
@@ -20,6 +20,8 @@ def save(manager: CheckpointManager, step: int, milestone: bool = False, value: 
         model={},
         metadata={},
     )
+    manager.finish()
+    return folder
 
 
 def names(manager: CheckpointManager) -> list[str]:

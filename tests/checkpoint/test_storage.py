@@ -280,13 +280,15 @@ class Net(torch.nn.Module):
 def test_a_resumed_run_goes_on_to_the_last_bit(
     config: AdafactorConfig | AdamWConfig, dtype: torch.dtype, steps_before: int, tmp_path: Path
 ) -> None:
-    """A moment, a count of updates or the random generator that is not in the checkpoint."""
+    """A moment, a count of updates or the random generator that is not in the checkpoint; a tensor that is
+    written as the next step has made it."""
     torch.manual_seed(1)
     net = Net(dtype)
     optimizer = build_optimizer(config, net.named_parameters())
     for _ in range(steps_before):
         net.train_step(optimizer)
-    folder = CheckpointManager(tmp_path, CheckpointConfig()).save(
+    manager = CheckpointManager(tmp_path, CheckpointConfig())
+    folder = manager.save(
         training_tensors(net, optimizer),
         step=steps_before,
         tokens_seen=0,
@@ -294,7 +296,9 @@ def test_a_resumed_run_goes_on_to_the_last_bit(
         model=MODEL,
         metadata={},
     )
+    optimizer.register_step_pre_hook(lambda *_: manager.wait_to_update())
     expected = [net.train_step(optimizer) for _ in range(3)]
+    manager.finish()
     torch.manual_seed(2)
     again = Net(dtype)
     optimizer = build_optimizer(config, again.named_parameters())

@@ -9,7 +9,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -317,13 +317,12 @@ def save_with_fault(run_dir: Path, fault: str, guilty: int) -> tuple[str, str, l
         counts = {"step": step, "tokens_seen": step, "milestone": False, "model": IDENTITY, "metadata": {}}
         if step != 2:
             manager.save(training.tensors, **counts)
+            manager.finish()
             continue
         try:
-            if dist.get_rank() == guilty:
-                with FAULTS[fault]():
-                    manager.save(training.tensors, **counts)
-            else:
+            with FAULTS[fault]() if dist.get_rank() == guilty else nullcontext():
                 manager.save(training.tensors, **counts)
+                manager.finish()
         except (CheckpointWriteError, RuntimeError) as raised:
             error = f"{type(raised).__name__}: {raised}"
         left = ALL.on_first(lambda: " ".join(sorted(path.name for path in manager.directory.iterdir())))
@@ -463,6 +462,7 @@ def life_of_a_run(run_dir: Path) -> tuple[list[str], list[str]]:
         for step in range(1, 5):
             counts = {"step": step, "tokens_seen": step, "milestone": step == 1}
             manager.save(tensors, **counts, model={}, metadata={})
+        manager.finish()
         aside = manager.set_aside_newer(3)
     return [path.name for path in aside], sorted(path.name for path in manager.directory.iterdir())
 
