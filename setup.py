@@ -54,6 +54,7 @@ setup(
             "openmoe-account=openmoe.launcher.account:main",
             "openmoe-export=openmoe.launcher.export:main",
             "openmoe-import-weights=openmoe.launcher.import_weights:main",
+            "openmoe-generate=openmoe.launcher.generate:main",
             "openmoe-inspect-data=openmoe.launcher.inspect_data:main",
             "openmoe-prepare=openmoe.launcher.prepare:main",
             "openmoe-report=openmoe.launcher.report:main",

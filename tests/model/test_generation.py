@@ -91,8 +91,8 @@ def test_ended_rows_cost_nothing(config: ModelConfig, monkeypatch: pytest.Monkey
     end = free[0].tokens[1]
     rows, extend = [], model.extend
     monkeypatch.setattr(model, "extend", lambda *args: rows.append(len(args[1])) or extend(*args))
-    found = generate(model, PROMPTS, 8, LIVELY, end_token=end)
-    lengths = [len(own.tokens) for own in found]
+    generate(model, PROMPTS, 8, LIVELY, end_token=end)
+    lengths = [own.tokens.index(end) + 1 if end in own.tokens else 8 for own in free]
     assert rows[1:] == [sum(length > step for length in lengths) for step in range(1, max(lengths))]
 
 

@@ -13,7 +13,7 @@ CASES: list[tuple[dict[str, Any], list[float]]] = [
     ({}, PROBS),
     ({"temperature": 0.5}, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
     ({"temperature": 2.0}, [p**0.5 / sum(q**0.5 for q in PROBS) for p in PROBS]),
-    ({"temperature": 1e-300}, [1, 0, 0, 0]),
+    ({"temperature": 1e-308}, [1, 0, 0, 0]),
     ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
     ({"top_k": 1}, [1, 0, 0, 0]),
     ({"top_k": 9}, PROBS),
