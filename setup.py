@@ -52,6 +52,7 @@ setup(
         "console_scripts": [
             "openmoe-train=openmoe.launcher.train:main",
             "openmoe-account=openmoe.launcher.account:main",
+            "openmoe-upcycle=openmoe.launcher.upcycle:main",
             "openmoe-export=openmoe.launcher.export:main",
             "openmoe-import-weights=openmoe.launcher.import_weights:main",
             "openmoe-generate=openmoe.launcher.generate:main",

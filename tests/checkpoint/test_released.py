@@ -23,7 +23,7 @@ from openmoe.checkpoint.storage import verify_checkpoint, write_checkpoint
 from openmoe.checkpoint.stored_tensors import CheckpointTensors
 from openmoe.checkpoint.weights import load_weights, write_weights
 from openmoe.data.config import TokenizerConfig
-from openmoe.data.tokenizer import Tokenizer, train_tokenizer
+from openmoe.data.tokenizer import Tokenizer, parse_model, train_tokenizer
 from openmoe.model.batch import Batch
 from openmoe.model.config import ModelConfig
 from openmoe.model.decoder import Decoder
@@ -181,6 +181,19 @@ def test_config_says_what_trained_it(given: Path) -> None:
     assert (values["z_loss_factor"], values["label_smoothing"]) == (3e-4, 0.0)
     assert (values["router_aux_loss_factor"], values["router_z_loss_factor"]) == (0.02, 2e-4)
     assert (values["moe_layer_interval"], values["hidden_size"], values["torch_dtype"]) == (2, 24, "float32")
+
+
+def test_the_tokenizer_as_t5_reads_it(saved: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Bug: sentinels in the model file and once more by `extra_ids`, at other ids than ours."""
+    config = CONFIG.model_copy(update={"vocab_size": 896})
+    save(tmp_path / "step_7", config)
+    folder = give(tmp_path / "step_7", tmp_path / "model", tokenizer=tokenizer)
+    pieces = parse_model((folder / "spiece.model").read_bytes(), "").pieces
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    assert not [piece for piece in pieces if piece.piece.startswith("<extra_id_")]
+    assert [pieces[i].piece for i in (0, 1)] == [values["pad_token"], values["eos_token"]]
+    # T5Tokenizer puts <extra_id_0> at the last id of all.
+    assert len(pieces) + values["extra_ids"] - 1 == tokenizer.first_sentinel
 
 
 def test_parts_of_several_processes(saved: Path, tmp_path: Path) -> None:
