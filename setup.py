@@ -6,7 +6,7 @@ resolves to `model/router.py` in an editable install, in a wheel and in a spawne
 
 from setuptools import find_packages, setup
 
-ROOMS = ["launcher", "model", "parallel", "data", "optim", "train", "checkpoint", "conf"]
+ROOMS = ["launcher", "plan", "model", "parallel", "data", "optim", "train", "checkpoint", "conf"]
 
 setup(
     name="openmoe",
@@ -57,6 +57,7 @@ setup(
             "openmoe-import-weights=openmoe.launcher.import_weights:main",
             "openmoe-generate=openmoe.launcher.generate:main",
             "openmoe-inspect-data=openmoe.launcher.inspect_data:main",
+            "openmoe-plan=openmoe.launcher.plan:main",
             "openmoe-prepare=openmoe.launcher.prepare:main",
             "openmoe-report=openmoe.launcher.report:main",
             "openmoe-tokenizer=openmoe.launcher.tokenizer:main",

@@ -7,7 +7,7 @@ that are reduced; of an all-to-all what is sent. Over n ranks a ring moves (n - 
 link, an all-reduce twice that.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -66,22 +66,46 @@ class Step:
 
 def step_traffic(step: Step, optim: OptimConfig) -> list[Traffic]:
     """All that one update sends, but for a few numbers for the log; groups of one rank send nothing."""
+    layouts = layouts_of(step)
+    return [*pass_traffic(step, layouts), *Update(step, layouts, optim).run()]
+
+
+def layouts_of(step: Step) -> dict[str, ParameterLayout]:
     with torch.device("meta"):
-        model = Decoder(step.model)
-    layouts = parameter_layouts(model, step.topology)
+        return parameter_layouts(Decoder(step.model), step.topology)
+
+
+def pass_traffic(step: Step, layouts: dict[str, ParameterLayout]) -> list[Traffic]:
+    """What the forward and backward passes of an update send, and the sums of its gradients."""
     parts = [
         *_weights(step, layouts),
         *_sequences(step),
         *_tokens(step),
         *_gradients_over_tensor(step, layouts),
-        *_optimizer(step, layouts, optim),
     ]
-    return [part for part in parts if part.times and part.size_bytes and step.topology.size(part.group) > 1]
+    return _sent(parts, step.topology)
 
 
-def _weights(step: Step, layouts: dict[str, ParameterLayout]) -> Iterator[Traffic]:
-    """FSDP: weights are gathered for each forward and backward pass and gradients reduced after it, unit by
-    unit. Copies of the model add up their gradients once."""
+def _sent(parts: Iterable[Traffic], topology: Topology) -> list[Traffic]:
+    return [part for part in parts if part.times and part.size_bytes and topology.size(part.group) > 1]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Weights that FSDP gathers together, in the order of the forward pass."""
+
+    shard: GroupName  # the group that shares them
+    weight_bytes: int  # gathered, in the type that they are used in
+    gradient_bytes: int  # before they are reduced
+    stays_whole: bool  # from the forward to the backward pass
+
+    @property
+    def what(self) -> str:
+        return "weights of experts" if self.shard == "expert_shard" else "other weights"
+
+
+def fsdp_units(step: Step, layouts: dict[str, ParameterLayout]) -> list[Unit]:
+    """As `parallelize` makes them."""
     units: dict[str, list[ParameterLayout]] = {}
     for name, layout in layouts.items():
         block = ".".join(name.split(".")[:2]) if name.startswith("layers.") else name.split(".")[0]
@@ -89,18 +113,31 @@ def _weights(step: Step, layouts: dict[str, ParameterLayout]) -> Iterator[Traffi
             block = "embedding" if step.model.tied_head else "head"
         inner = "experts" if layout.is_expert else "router" if ".router." in name else ""
         units.setdefault(f"{block} {inner}".strip(), []).append(layout)
-    for unit, members in units.items():
-        shard: GroupName = "expert_shard" if members[0].is_expert else "shard"
-        ranks = step.topology.size(shard)
-        elements = sum(_padded_elements(layout, step.topology, ranks) for layout in members)
-        wide = unit.endswith(("router", "embedding"))
-        travels_as = step.parameter_bytes if wide else step.compute_bytes
-        what = "weights of experts" if members[0].is_expert else "other weights"
-        passes = 1 if wide or unit == "head" else 2
-        grads = elements * step.parameter_bytes
-        yield Traffic(what, shard, "all_gather", passes * step.micro_batches, elements * travels_as)
-        yield Traffic(f"gradients of {what}", shard, "reduce_scatter", step.micro_batches, grads)
-        yield Traffic(f"gradients of {what}", "replicate", "all_reduce", 1, grads // ranks)
+    return [_unit(step, unit, members) for unit, members in units.items()]
+
+
+def _unit(step: Step, name: str, members: list[ParameterLayout]) -> Unit:
+    shard: GroupName = "expert_shard" if members[0].is_expert else "shard"
+    ranks = step.topology.size(shard)
+    elements = sum(_padded_elements(layout, step.topology, ranks) for layout in members)
+    wide = name.endswith(("router", "embedding"))
+    return Unit(
+        shard,
+        elements * (step.parameter_bytes if wide else step.compute_bytes),
+        elements * step.parameter_bytes,
+        stays_whole=wide or name == "head",
+    )
+
+
+def _weights(step: Step, layouts: dict[str, ParameterLayout]) -> Iterator[Traffic]:
+    """FSDP: weights are gathered for each forward and backward pass and gradients reduced after it, unit by
+    unit. Copies of the model add up their gradients once."""
+    for unit in fsdp_units(step, layouts):
+        gathers = step.micro_batches * (1 if unit.stays_whole else 2)
+        grads, what = unit.gradient_bytes, f"gradients of {unit.what}"
+        yield Traffic(unit.what, unit.shard, "all_gather", gathers, unit.weight_bytes)
+        yield Traffic(what, unit.shard, "reduce_scatter", step.micro_batches, grads)
+        yield Traffic(what, "replicate", "all_reduce", 1, grads // step.topology.size(unit.shard))
 
 
 def _padded_elements(layout: ParameterLayout, topology: Topology, ranks: int) -> int:
@@ -161,19 +198,34 @@ def _gradients_over_tensor(step: Step, layouts: dict[str, ParameterLayout]) -> I
     yield Traffic("gradients of norms and routers", "tensor", "all_reduce", 1, size)
 
 
-def _optimizer(step: Step, layouts: dict[str, ParameterLayout], optim: OptimConfig) -> Iterator[Traffic]:
-    """The optimizer itself, run on tensors without memory, says what it asks to be summed."""
-    parameters = []
-    for name, layout in layouts.items():
-        shape = [piece.stop - piece.start for piece in layout.slices(step.topology, 0)]
-        local = torch.empty(shape, dtype=DTYPES[step.precision][0], device="meta")
-        parameters.append((name, nn.Parameter(local)))
-        parameters[-1][1].grad = torch.empty_like(local)
-    shards = _CountedShards(layouts)
-    build_optimizer(optim, parameters, shards).step()
-    for group, elements in shards.sums:
-        size = elements * step.parameter_bytes
-        yield Traffic("statistics of the optimizer", group, "all_reduce", 1, size)
+class Update:
+    """The optimizer of a layout's first rank, on tensors without memory."""
+
+    def __init__(self, step: Step, layouts: dict[str, ParameterLayout], optim: OptimConfig) -> None:
+        dtype = DTYPES[step.precision][0]
+        shapes = {
+            name: [piece.stop - piece.start for piece in layout.slices(step.topology, 0)]
+            for name, layout in layouts.items()
+        }
+        self.parameters = {
+            name: nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+            for name, shape in shapes.items()
+        }
+        self._shards = _CountedShards(layouts)
+        self._topology = step.topology
+        self.optimizer = build_optimizer(optim, self.parameters.items(), self._shards)
+
+    def run(self) -> list[Traffic]:
+        """One update; what it asks to be summed."""
+        for parameter in self.parameters.values():
+            parameter.grad = torch.empty_like(parameter)
+        self.optimizer.step()
+        itemsize = next(iter(self.parameters.values())).itemsize
+        sums = (
+            Traffic("statistics of the optimizer", group, "all_reduce", 1, elements * itemsize)
+            for group, elements in self._shards.sums
+        )
+        return _sent(sums, self._topology)
 
 
 class _CountedShards:
