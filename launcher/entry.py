@@ -44,6 +44,8 @@ def run_joined(task: Callable[[Config, Processes], None], name: str) -> None:
     """
     try:
         place = place_from(os.environ)
+        if place is not None:
+            sys.argv[:] = without_local_rank(sys.argv, place.local_rank)
     except ConfigError as error:
         # If it is the same for all, one voice is enough: a launcher ends the others meanwhile.
         rank = os.environ.get("RANK", "0")
@@ -53,6 +55,21 @@ def run_joined(task: Callable[[Config, Processes], None], name: str) -> None:
         run_command(lambda config: task(config, ALONE), Config, name)
     else:
         _run_with_others(task, name, place)
+
+
+def without_local_rank(arguments: Sequence[str], local_rank: int) -> list[str]:
+    """Without the --local_rank=N that the deepspeed launcher appends, which is no key of ours.
+
+    Raises ConfigError where it is not the LOCAL_RANK of the environment.
+    """
+    kept = []
+    for argument in arguments:
+        option, _, value = argument.partition("=")
+        if option not in ("--local_rank", "--local-rank"):
+            kept.append(argument)
+        elif value != str(local_rank):
+            raise ConfigError(f"{argument[:80]}: allowed LOCAL_RANK={local_rank}, or to leave it out")
+    return kept
 
 
 def _run_with_others(task: Callable[[Config, Processes], None], name: str, place: Place) -> NoReturn:

@@ -84,7 +84,7 @@ def train(config: Config, processes: Processes = ALONE) -> None:
             with watchdog.pause():
                 manifest = load_checkpoint(resume_from, tensors, model_identity(config), processes.peers)
             step, tokens_seen = manifest.step, manifest.tokens_seen
-            restore_counters(optimizer, tensors, step)
+            restore_counters(optimizer, tensors, step, ranks)
             processes.agree(lambda: loader.load_state_dict(manifest.metadata["data"]))
             counters = manifest.metadata["counters"]
             if belongs_to(resume_from, run_dir):  # a branch of another run gets a page of its own

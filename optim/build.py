@@ -48,12 +48,17 @@ def build_optimizer(
             )
             # torch makes this state in the first step; from the start, a checkpoint can be loaded into it.
             for _, param in named:
-                optimizer.state[param] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=param.device if fused else "cpu"),
-                    "exp_avg": torch.zeros_like(param),
-                    "exp_avg_sq": torch.zeros_like(param),
-                }
+                optimizer.state[param] = empty_state(param, fused)
             return optimizer
+
+
+def empty_state(param: Tensor, fused: bool = True) -> dict[str, Tensor]:
+    """AdamW's state before the first step."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=param.device if fused else "cpu"),
+        "exp_avg": torch.zeros_like(param, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(param, requires_grad=False),
+    }
 
 
 def state_dims(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, tuple[int, ...]]]:

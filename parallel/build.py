@@ -66,11 +66,11 @@ def build(
     model = model.to(parameter_dtype)
     layouts = parameter_layouts(model, topology)
     if parallel.engine == "deepspeed":
-        layouts = whole_on_data_ranks(layouts)
-        cut(model, layouts, topology, dist.get_rank())
+        whole, rank = whole_on_data_ranks(layouts), dist.get_rank()
+        cut(model, whole, topology, rank)
         prepare_blocks(model, parallel.recompute, parallel.compile)
         model.to_empty(device=device)
-        initialise_shards(model, config, layouts, topology, dist.get_rank(), seed)
+        initialise_shards(model, config, whole, topology, rank, seed)
         return model, DeepSpeedRanks(model, topology, groups, layouts, meshes, parallel.zero_stage, beat)
     parallelize(
         model,

@@ -11,6 +11,7 @@ that are means, would need a loss that is `data` times larger; asked for sums it
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,14 +20,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from openmoe.parallel.collectives import Group, sum_flat
+from openmoe.parallel.deepspeed_zero import State, ZeroState
 from openmoe.parallel.meshes import Meshes
-from openmoe.parallel.placement import ParameterLayout
+from openmoe.parallel.placement import ParameterLayout, whole_on_data_ranks
 from openmoe.parallel.ranks import ShardedRanks
 from openmoe.parallel.topology import GroupName, Topology, TopologyError
 
 
 class DeepSpeedRanks(ShardedRanks):
-    """A run whose gradients and updates are an engine's, once `attach` has been called."""
+    """A run whose gradients and updates are an engine's, once `attach` has been called.
+
+    `layouts` are those of the torch engine, with its shards; only ZeRO's state in checkpoints has them.
+    """
 
     def __init__(
         self,
@@ -38,27 +43,55 @@ class DeepSpeedRanks(ShardedRanks):
         zero_stage: int,
         beat: Callable[[], None] = lambda: None,
     ) -> None:
-        super().__init__(topology, groups, layouts, meshes)
+        super().__init__(topology, groups, whole_on_data_ranks(layouts), meshes)
         self.model = model
         self.zero_stage = zero_stage
-        self._beat = beat
         self.engine: Any = None
+        self._fsdp_layouts = layouts
+        self._beat = beat
+        self._zero: ZeroState | None = None
+        self._is_first_step = True
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return list(self.model.named_parameters())
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.zero_stage:
+            self._zero = ZeroState(
+                optimizer,
+                self._fsdp_layouts,
+                self.topology,
+                self.groups,
+                self.meshes,
+                _expert_group(self.topology),
+            )
         self.engine = start_engine(self, optimizer)
+        if self._zero is not None:
+            self._zero.begin(self.engine.optimizer)
+
+    def gather_state(self) -> State | None:
+        return None if self._zero is None else self._zero.gather()
+
+    def put_back_state(self, state: State) -> None:
+        if self._zero is not None:
+            self._zero.put_back(state)
 
     def begin_micro_batch(self, last: bool) -> None:
         self._beat()
+        if self._zero is not None and self._is_first_step:
+            self._zero.read_parameters()  # a checkpoint may have been loaded into them
+        self._is_first_step = False
         self.engine.set_gradient_accumulation_boundary(last)
 
     def backward(self, loss: Tensor) -> None:
+        if self._zero is not None:  # what it sends on the way is not seen one by one
+            self.groups["data"].observe("data", "all_reduce", 0)
         # Through the engine's forward pass, which prepares the backward pass; its module returns the loss.
         self.engine.backward(self.engine(loss), scale_wrt_gas=False)
 
     def finish_gradients(self) -> Tensor:
+        if self._zero is not None:
+            return self._zero.finish_gradients()
         # Not engine.allreduce_gradients(): it refuses float64, gives a frozen router a gradient of zeros, and
         # so an update, and does not say which group is next.
         present = [(self.layouts[name], p.grad) for name, p in self.named_parameters() if p.grad is not None]
@@ -67,16 +100,18 @@ class DeepSpeedRanks(ShardedRanks):
         sum_flat(self.groups["tensor"], [grad for layout, grad in present if layout.partial_over_tensor])
         return self.global_norm(present)
 
-    def _reduce(self, group: GroupName, grads: Sequence[Tensor]) -> None:
-        if grads and self.groups[group].size > 1:
-            self.groups[group].observe(group, "all_reduce", sum(grad.nbytes for grad in grads))
-            self.engine.allreduce_no_retain(grads, self.groups[group].group)
-
     def update(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._zero is not None:
+            self.groups["data"].observe("data", "all_gather", 0)
         self.engine.step()
 
     def parameter_norm(self) -> Tensor:
         return self.global_norm([(self.layouts[name], p.detach()) for name, p in self.named_parameters()])
+
+    def _reduce(self, group: GroupName, grads: Sequence[Tensor]) -> None:
+        if grads and self.groups[group].size > 1:
+            self.groups[group].observe(group, "all_reduce", sum(grad.nbytes for grad in grads))
+            self.engine.allreduce_no_retain(grads, self.groups[group].group)
 
 
 def start_engine(ranks: DeepSpeedRanks, optimizer: torch.optim.Optimizer) -> Any:
@@ -101,8 +136,8 @@ def start_engine(ranks: DeepSpeedRanks, optimizer: torch.optim.Optimizer) -> Any
         )
     # Its configuration knows no float64 here, and would have gradients travel as float32.
     engine.communication_data_type = parameter.dtype
-    # `finish_gradients` sees to it.
-    engine.enable_backward_allreduce = False
+    # Without ZeRO `finish_gradients` sees to it.
+    engine.enable_backward_allreduce = ranks.zero_stage > 0
     return engine
 
 
@@ -119,17 +154,23 @@ def import_deepspeed(device: torch.device) -> Any:
     logger.handlers.clear()  # it writes to the standard output
     logger.propagate = True
     logger.setLevel(logging.WARNING)
+    # It calls torch by older names.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed
 
 
 def _config(zero_stage: int) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": zero_stage, "reduce_scatter": True, "contiguous_gradients": True}
+    if zero_stage:
+        # With its own norm it would leave out a step whose gradients are not finite, without a word.
+        zero["compute_grad_norm"] = False
     return {
         # Our batches are our own business; one micro-batch, so that nothing is divided by their number.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_allreduce_op": "sum",
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": zero_stage, "reduce_scatter": True, "contiguous_gradients": True},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "timers": {"throughput": {"enabled": False}},  # it waits for the device in every step
     }

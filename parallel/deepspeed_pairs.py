@@ -32,8 +32,24 @@ class Refusal:
 
 REFUSALS = (
     Refusal(
-        lambda asked: asked.parallel.zero_stage > 0,
-        "parallel.zero_stage={parallel.zero_stage}: allowed 0",
+        lambda asked: asked.parallel.zero_stage == 3,
+        "parallel.zero_stage=3: allowed 0, 1 and 2; it would share out experts among ranks that hold "
+        "different ones (parallel.engine=torch shares out parameters too)",
+    ),
+    Refusal(
+        lambda asked: asked.splits_state and asked.optimizer != "adamw",
+        "parallel.zero_stage={parallel.zero_stage} with optim={optimizer}: allowed optim=adamw; ZeRO hands "
+        "the optimizer flat runs of many parameters, which have no rows and columns",
+    ),
+    Refusal(
+        lambda asked: asked.splits_state and asked.precision == "fp64",
+        "parallel.zero_stage={parallel.zero_stage} with train.precision=fp64: allowed fp32 and bf16; ZeRO "
+        "updates in float32",
+    ),
+    Refusal(
+        lambda asked: asked.splits_state and asked.freezes,
+        "train.freeze_router_at_step with parallel.zero_stage={parallel.zero_stage}: allowed null; ZeRO "
+        "takes a missing gradient for zeros, by which decay and momentum would go on",
     ),
     Refusal(
         lambda asked: asked.parallel.compile,

@@ -53,6 +53,13 @@ class Ranks(Protocol):
         """Before the first step and before a checkpoint is loaded: `optimizer`, made over
         `named_parameters`, is the one that `update` will be called with."""
 
+    def gather_state(self) -> dict[str, dict[str, Tensor]] | None:
+        """Where an engine keeps the optimizer's state in other parts than the parameters: a copy by name and
+        key, in whole tensors as of `as_whole`. None where it is in `optimizer.state`."""
+
+    def put_back_state(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Takes over what was filled into the copy of `gather_state`."""
+
     def begin_micro_batch(self, last: bool) -> None:
         """Before each forward pass; `last` of the step."""
 
@@ -91,6 +98,12 @@ class OneProcess:
         return local
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        pass
+
+    def gather_state(self) -> None:
+        return None
+
+    def put_back_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         pass
 
     def begin_micro_batch(self, last: bool) -> None:
@@ -181,6 +194,12 @@ class FsdpRanks(ShardedRanks):
         return [(name, local) for name, local, _ in self._local]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        pass
+
+    def gather_state(self) -> None:
+        return None
+
+    def put_back_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         pass
 
     def begin_micro_batch(self, last: bool) -> None:

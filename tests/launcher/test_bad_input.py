@@ -96,6 +96,7 @@ OVERRIDES = [
     (["checkpoint.resume=" + "long" * 100], ["checkpoint.resume=longlong"]),
     (["checkpoint.resume=/etc/hostname"], ["checkpoint.resume=/etc/hostname"]),
     (["parallel.engine=xla"], ["parallel.engine=xla"]),
+    (["parallel.engine=deepspeed"], ["parallel.engine=deepspeed", "torchrun"]),
     (["parallel.shard=0"], ["parallel.shard=0"]),
     (["parallel.shard=2"], ["parallel.shard=2"]),
     (["parallel.expert=2"], ["parallel.expert=2"]),
