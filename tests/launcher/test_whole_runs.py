@@ -2,6 +2,7 @@
 
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,14 @@ LAYOUTS = {
 }
 
 
-def start_run(commands: Commands, ranks: int, arguments: list[str], prelude: str = "") -> list[Command]:
+def start_run(
+    commands: Commands,
+    ranks: int,
+    arguments: list[str],
+    prelude: str = "",
+    prelude_of: Callable[[int], str] | None = None,
+) -> list[Command]:
+    """`prelude` runs in the last rank, or `prelude_of(rank)` in each."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
@@ -36,7 +44,7 @@ def start_run(commands: Commands, ranks: int, arguments: list[str], prelude: str
     return [
         commands.start(
             *arguments,
-            prelude=prelude if rank == ranks - 1 else "",
+            prelude=prelude_of(rank) if prelude_of else prelude if rank == ranks - 1 else "",
             **common,
             RANK=str(rank),
             LOCAL_RANK=str(rank),

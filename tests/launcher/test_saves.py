@@ -1,0 +1,119 @@
+"""Saves in the background of whole runs: what is on the disk when, and what a failed one does."""
+
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+from openmoe.checkpoint.storage import verify_checkpoint
+
+from .commands import Commands, signal_before, wrap
+from .conftest import Small, lines
+from .test_failures import error_line
+from .test_whole_runs import start_run
+
+RENAME = "openmoe.checkpoint.storage._commit"
+SAVED = "openmoe.checkpoint.shards.write_file"
+
+
+def steps_saved(run_dir: Path) -> list[int]:
+    """Of the checkpoints, each verified; there is nothing else."""
+    return sorted(verify_checkpoint(folder).step for folder in (run_dir / "checkpoints").iterdir())
+
+
+def test_two_runs_of_one_config_write_the_same_bytes(
+    small: Small, commands: Commands, tmp_path: Path
+) -> None:
+    """Bug: an order, a time or a number of the process in a checkpoint, so that nobody can compare two."""
+    run_dir = tmp_path / "run"
+    for name in ("first", "second"):
+        code, stderr = commands.run(*small(run_dir, "train.steps=5"))
+        assert code == 0, stderr
+        run_dir.rename(tmp_path / name)
+    first, second = (
+        {f"{path.parent.name}/{path.name}": path.read_bytes() for path in (tmp_path / name).rglob("step_*/*")}
+        for name in ("first", "second")
+    )
+    assert len(first) == 4
+    assert first == second
+
+
+def test_the_steps_line_is_there_before_its_checkpoint(
+    small: Small, commands: Commands, undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Bug: a crash after the commit and before the line's way to the disk: the resumed run lacks the line."""
+    run_dir = tmp_path / "run"
+    count_syncs = """
+import os
+from openmoe.train.metrics import JsonlWriter
+os.synced, sync = False, JsonlWriter.sync
+def counted(self):
+    sync(self)
+    os.synced = True
+JsonlWriter.sync = counted
+"""
+    check = f"""
+import json
+text = open({str(run_dir / "metrics.jsonl")!r}).read().splitlines()
+step = int(args[1].name.removeprefix("step_"))
+assert step in [json.loads(line)["step"] for line in text]
+assert os.synced
+os.synced = False
+time.sleep(0.2)  # a step takes less
+return call()
+"""
+    code, stderr = commands.run(*small(run_dir), prelude=count_syncs + wrap(RENAME, check))
+    assert code == 0, stderr
+    assert lines(run_dir) == undisturbed
+    assert steps_saved(run_dir) == [6, 9, 12]
+
+
+def test_a_failed_save_ends_the_run_after_the_next_step(
+    small: Small, commands: Commands, undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Bug: a run that trains on without checkpoints; ranks that leave after different steps and tell of lost
+    contact instead of the disk; a traceback."""
+    run_dir = tmp_path / "run"
+    # On the second rank.
+    full = "if 'step_6' in str(args[0]): raise OSError(28, 'No space left on device')\nreturn call()"
+    arguments = small(run_dir, "checkpoint.every_steps=3", "parallel.expert=2", "checkpoint.resume=auto")
+    started = start_run(commands, 2, arguments, wrap(SAVED, full))
+    assert [command.wait(120) for command in started] == [3, 3], started[0].stderr
+    said = [command.stderr for command in started if "error: " in command.stderr]
+    assert len(said) == 1
+    assert "step_6: not written: No space left on device; the last one is whole: " in error_line(said[0])
+    assert steps_saved(run_dir) == [3]
+    done = (run_dir / "metrics.jsonl").read_text().count("\n")
+    assert 6 <= done <= 9, done
+    shutil.rmtree(run_dir / "logs")
+    started = start_run(commands, 2, arguments)
+    assert [command.wait(120) for command in started] == [0, 0], started[0].stderr
+    assert [line["step"] for line in lines(run_dir)] == [line["step"] for line in undisturbed]
+
+
+def test_a_hang_inside_a_save_is_named(small: Small, commands: Commands, tmp_path: Path) -> None:
+    """Bug: one rank's dead disk, for which all others wait for days without a word."""
+    run_dir = tmp_path / "run"
+    hang = wrap(SAVED, "if 'step_6' in str(args[0]): time.sleep(600)\nreturn call()")
+    arguments = small(run_dir, "checkpoint.save_timeout_seconds=4", "parallel.expert=2")
+    started = start_run(commands, 2, arguments, hang)
+    assert [command.wait(120) for command in started] == [3, 3]
+    line = "the save of step 6 is not done after 4 s (checkpoint.save_timeout_seconds): "
+    assert f"error: rank 0: {line}waiting for another rank: writing files" in started[0].stderr
+    assert f"error: rank 1: {line}waiting for another rank: who writes what" in started[1].stderr
+    assert "in wrapped" in (run_dir / "logs" / "rank_00001.log").read_text()  # the stack that hangs
+
+
+def test_kill_while_a_save_is_in_the_background(
+    small: Small, commands: Commands, undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Bug: a resumed run that takes the unfinished checkpoint, or lacks lines."""
+    run_dir = tmp_path / "run"
+    arguments = small(run_dir, "checkpoint.resume=auto")
+    for target in (SAVED, RENAME, "openmoe.checkpoint.manager.remove_checkpoint"):
+        code, stderr = commands.run(*arguments, prelude=signal_before(target, 1, signal.SIGKILL))
+        assert code == -signal.SIGKILL, stderr
+    code, stderr = commands.run(*arguments)
+    assert code == 0, stderr
+    assert lines(run_dir) == undisturbed
+    assert steps_saved(run_dir) == [3, 6, 9, 12]  # one too many, which goes with the next save
