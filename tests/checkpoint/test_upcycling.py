@@ -35,10 +35,11 @@ def changed(recipe: Recipe, **values: object) -> Recipe:
 def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Decoder, CheckpointTensors]:
     model = Decoder(DENSE)
     initialise(model, DENSE, seed=3)
+    draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("scale"):
-                parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            if name.endswith("scale"):  # no two norms alike
+                parameter += 0.3 * torch.randn(parameter.shape, generator=draw)
     folder: Path = tmp_path_factory.mktemp("dense") / "step_3"
     write_checkpoint(
         folder,
