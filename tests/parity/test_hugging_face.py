@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from openmoe.checkpoint.importing import open_t5x
 from openmoe.checkpoint.names import tensor_names
+from openmoe.checkpoint.released_config import LossWeights, Provenance
 from openmoe.model.batch import Batch
 from openmoe.model.config import ModelConfig
 from openmoe.model.decoder import Decoder
 
-from .golden import Case, converted, golden_files, golden_root
+from .golden import Case, converted, golden_files, golden_root, released_config
 
 CASES = golden_files("hf_*.npz")
 DISPATCHES = ["sort", "einsum"]
@@ -111,6 +113,25 @@ def test_converted_parameters(path):
     for name, value in case.under("state_dict").items():  # absent where only the recipe is stored
         (row,) = (row for row in names if row.released == name)
         np.testing.assert_array_equal(row.to_format("released", ours[row.ours]), value)
+
+
+TRAINED = golden_files("train_*.npz")
+
+
+@pytest.mark.skipif(not TRAINED, reason="no train_*.npz in the golden folder")
+@pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
+def test_t5x_parameters_from_a_flat_file(path, tmp_path):
+    """Bug: the import takes another way than the tests, which train on from the same values (test_train)."""
+    params = Case(path).params("params_step0")
+    np.savez(tmp_path / "flat.npz", **params)
+    config = released_config(Case(path).config())
+    provenance = Provenance(model=config, loss=LossWeights(), step=0, tokens_seen=0)
+    expected = converted(params, config)
+    found = open_t5x(tmp_path / "flat.npz", provenance).tensors
+    assert {tensor.name for tensor in found} == {f"model/{name}" for name in expected}
+    for tensor in found:
+        (value,) = tensor.parts()
+        assert torch.equal(value, expected[tensor.name.removeprefix("model/")]), tensor.name
 
 
 SHAPES = golden_root() / "hf_param_shapes.json"
