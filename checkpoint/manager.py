@@ -121,6 +121,10 @@ class CheckpointManager:
         do."""
         return self._saving is not None and self._saving.has_failed
 
+    @property
+    def is_saving(self) -> bool:
+        return self._saving is not None and not self._saving.ends_within(0)
+
     def wait_to_update(self) -> None:
         """Returns when nothing is read any more of the tensors of the last `save`."""
         self._copies.wait()

@@ -12,6 +12,8 @@ from openmoe.launcher.schema import Config
 from openmoe.train.metrics import JsonlWriter, WandbWriter, Writer
 from openmoe.train.progress import Progress
 
+_PATIENCE_SECONDS = 120.0  # file servers forget a dead node's locks after a minute and a half
+
 
 @dataclass
 class Outputs:
@@ -26,13 +28,13 @@ class Outputs:
 
 
 @contextmanager
-def hold_folder(config: Config, resume_from: Path | None) -> Iterator[None]:
-    """The run's folder for this run alone.
+def hold_folder(config: Config, resume_from: Path | None, restarted: bool = False) -> Iterator[None]:
+    """The run's folder for this run alone; one that was `restarted` waits for the life before to let go.
 
     Raises ConfigError where another one trains there, or has since `resume_from` was found.
     """
     run_dir = Path(config.run.dir)
-    with sole_writer(run_dir):
+    with sole_writer(run_dir, _PATIENCE_SECONDS if restarted else 0.0):
         if resume_point(config.checkpoint.resume, run_dir) != resume_from:
             raise ConfigError(f"run.dir={run_dir}: another process has just trained there; start again")
         yield

@@ -52,6 +52,7 @@ class Processes:
     """A run of one process, which has nobody to agree with."""
 
     rank, world_size, local_rank = 0, 1, 0
+    restarted = False  # by a launcher that has lost some of them
     log: NoLog = NO_LOG
     peers = Peers()  # for work on a checkpoint; several processes have a group for it after `start`
 
@@ -97,6 +98,7 @@ class JoinedProcesses(Processes):
         `start_timeout_seconds` is for coming together, `timeout_seconds` for each collective.
         """
         self.rank, self.world_size, self.local_rank = place.rank, place.world_size, place.local_rank
+        self.restarted = place.attempt != "0"
         self.log = NO_LOG
         self._meeting = Meeting(place, start_timeout_seconds)
         self._start_timeout = timedelta(seconds=start_timeout_seconds)

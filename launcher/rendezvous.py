@@ -103,7 +103,9 @@ class Meeting:
         self._exchanges = 0
         deadline = time.monotonic() + seconds
         self._server, client = _open_store(place, deadline, seconds)
-        self._store = dist.PrefixStore(f"openmoe/{place.attempt}", client)
+        # torchrun's store outlives the processes. When nodes come or go it does not count that as an attempt.
+        life = f"{place.attempt}/{place.world_size}" if place.store_is_there else place.attempt
+        self._store = dist.PrefixStore(f"openmoe/{life}", client)
         self._meet(deadline)
 
     def store(self, name: str) -> dist.Store:

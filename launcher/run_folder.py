@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from openmoe.checkpoint.manager import find_checkpoint
 from openmoe.checkpoint.manifest import read_manifest
 from openmoe.checkpoint.origin import checkpoint_at
 from openmoe.launcher.errors import ConfigError
+
+_LOOK_SECONDS = 0.2  # between two tries to get the lock
 
 
 def resume_point(resume: str, run_dir: Path) -> Path | None:
@@ -60,11 +63,12 @@ def belongs_to(checkpoint: Path | None, run_dir: Path) -> bool:
 
 
 @contextmanager
-def sole_writer(run_dir: Path) -> Iterator[None]:
+def sole_writer(run_dir: Path, patience_seconds: float = 0.0) -> Iterator[None]:
     """Makes the folder and holds it: two processes writing one run would ruin both.
 
-    The lock goes with the process, however it ends. Raises ConfigError where another one holds it, or where
-    no folder can be made.
+    The lock goes with the process, however it ends; with a lost node it may take the file server a while.
+    Raises ConfigError where another one holds it for longer than `patience_seconds`, or where no folder can
+    be made.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -74,10 +78,21 @@ def sole_writer(run_dir: Path) -> Iterator[None]:
             raise
         raise ConfigError(f"run.dir={run_dir}: can't be written: {error.strerror}") from None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(file, time.monotonic() + patience_seconds)
     except OSError:
         raise ConfigError(f"run.dir={run_dir}: another process is training there") from None
     else:
         yield
     finally:
         os.close(file)
+
+
+def _lock(file: int, deadline: float) -> None:
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_LOOK_SECONDS)

@@ -96,7 +96,13 @@ def train(config: Config, processes: Processes = ALONE) -> None:
         stop = closing.enter_context(StopSignals())
         # Everything that can be wrong with the input has been found; from here on files are written.
         is_first = processes.rank == 0
-        processes.agree(lambda: closing.enter_context(hold_folder(config, resume_from)) if is_first else None)
+        processes.agree(
+            lambda: (
+                closing.enter_context(hold_folder(config, resume_from, processes.restarted))
+                if is_first
+                else None
+            )
+        )
         checkpoints = CheckpointManager(
             run_dir, config.checkpoint, processes.peers, lambda: processes.log.fileno()
         )

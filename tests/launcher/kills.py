@@ -92,8 +92,6 @@ TARGETS = [
     "training begins",
     ": update",
     "after the update",
-    f"step {EVERY}: after the update",
-    f"step {MARK}: after",
     "validation",
     "save begins",
     "save: copying",
@@ -103,8 +101,9 @@ TARGETS = [
     "save: renaming",
     "save: deleting",
     "save: waiting",
-    f"step {EVERY + 1}: update",
 ]
+AT_THE_MARK = [f"step {MARK}: after the update", f"step {MARK}: validation", f"step {MARK}: after validation"]
+STEPS = 24
 
 
 # Of a save, by how the place begins.
@@ -172,6 +171,7 @@ class Campaign:
             f"run.dir={self.folder / name}",
             f"data.root={self.folder / 'corpus'}",
             f"data.cache_dir={self.folder / 'cache'}",
+            f"train.steps={STEPS}",
             "train.validate_every_steps=5",
             f"checkpoint.every_steps={EVERY}",
             "checkpoint.keep=2",
@@ -192,7 +192,10 @@ class Campaign:
         for path in places:
             path.write_bytes(b"")
         rank = self.draw.randrange(RANKS)
-        target = self.draw.choice([None, self.draw.choice(TARGETS)])
+        metrics = self.folder / name / "metrics.jsonl"
+        before_mark = not metrics.exists() or metrics.read_bytes().count(b"\n") < MARK
+        targets = [self.draw.choice(TARGETS), *([self.draw.choice(AT_THE_MARK)] if before_mark else [])]
+        target = self.draw.choice([None, self.draw.choice(targets)])
 
         def prelude(of: int) -> str:
             stays = target if of == rank else None
@@ -201,18 +204,23 @@ class Campaign:
         started = start_run(self.commands, RANKS, self.arguments(name), prelude_of=prelude)
         victim = started[rank]
         if target is None:
-            victim.sleep(self.draw.uniform(0.05, 0.7) * self.seconds)
+            victim.sleep(self.draw.uniform(0.1, 0.6) * self.seconds)
         else:
             self._await(victim, places[rank], target)
             victim.sleep(self.draw.choice([0, self.draw.uniform(0, 2 * STAY_SECONDS)]))
         killed = not victim.exited
         victim.kill(signal.SIGKILL)
+        text = places[rank].read_bytes().decode()
+        good = [0, 3]
+        if killed and text.startswith("start "):  # nobody else knows it yet: a launcher ends the others
+            started[1 - rank].sleep(1)
+            started[1 - rank].kill(signal.SIGKILL)
+            good += [-signal.SIGKILL]
         codes = [command.wait(START_SECONDS) for command in started]
         if codes == [0] * RANKS:
             return None
-        if codes[rank] != -signal.SIGKILL or not killed or codes[1 - rank] not in (0, 3):
+        if codes[rank] != -signal.SIGKILL or not killed or codes[1 - rank] not in good:
             raise AssertionError(f"{codes}: " + "".join(command.stderr for command in started))
-        text = places[rank].read_bytes().decode()
         return Kill(life, rank, text[:PLACE_BYTES].strip(), text[PLACE_BYTES:].strip())
 
     def _await(self, victim: Command, path: Path, target: str) -> None:

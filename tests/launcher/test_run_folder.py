@@ -2,6 +2,8 @@
 
 import os
 import signal
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from openmoe.data.prepare import prepare
 from openmoe.launcher.entry import load_config
 from openmoe.launcher.errors import ConfigError
+from openmoe.launcher.outputs import hold_folder
 from openmoe.launcher.run_folder import sole_writer
 from openmoe.launcher.train import train
 from openmoe.train.metrics import WandbWriter
@@ -40,6 +43,21 @@ def test_a_run_that_began_in_between(small: Small, tmp_path: Path, monkeypatch: 
     with pytest.raises(ConfigError, match=r"holds a run already|has just trained"):
         train(load_config(arguments))
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_a_restarted_run_waits_for_the_life_before(small: Small, tmp_path: Path) -> None:
+    """Bug: a restart given up at once, because a worker of the life before takes a moment to end."""
+    config = load_config(small(tmp_path / "run"))
+    before = ExitStack()
+    before.enter_context(sole_writer(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="another process is training there"), hold_folder(config, None):
+        pass
+    ending = threading.Timer(0.5, before.close)
+    ending.start()
+    with hold_folder(config, None, restarted=True):
+        ending.join()
+        with pytest.raises(ConfigError), sole_writer(tmp_path / "run", 0.3):
+            pass
 
 
 def test_a_branch_gets_its_own_wandb_page(small: Small, commands: Commands, tmp_path: Path) -> None:
