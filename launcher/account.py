@@ -103,7 +103,7 @@ def _row(name: str, value: str, share: float | None = None) -> str:
 
 def show(config: Config) -> None:
     print(account(config.model, config.train.seq_len))
-    if config.parallel.shard != -1:
+    if config.parallel.shard != -1 and config.parallel.engine == "torch":
         print(f"\n{account_layout(config)}")
 
 
