@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from openmoe.model.batch import Batch
 from openmoe.model.config import ModelConfig
-from openmoe.model.dispatch import DISPATCHERS, TokenDispatcher
+from openmoe.model.dispatch import DISPATCHERS, Aside, TokenDispatcher
 from openmoe.model.groups import expert_capacity
 from openmoe.model.kv_cache import KVCache
 from openmoe.model.layers import Attention, Embedding, FeedForward, Linear, Remember, RMSNorm, rotary_table
@@ -77,9 +77,11 @@ class Block(nn.Module):
         if self.moe is None:
             return x + self._ffn(_masked(self.ffn_norm(x), at)), None, None
         h = _masked(self.moe_norm(x), at)
-        y, statistics, routing = self.moe(h, at.real, at.row_groups)
         if self.shared_norm:
-            return x + y + self._ffn(h), statistics, routing
+            ffn = Aside(lambda: self._ffn(h))
+            y, statistics, routing = self.moe(h, at.real, at.row_groups, ffn)
+            return x + y + ffn.result, statistics, routing
+        y, statistics, routing = self.moe(h, at.real, at.row_groups)
         x = x + y
         return x + self._ffn(_masked(self.ffn_norm(x), at)), statistics, routing
 

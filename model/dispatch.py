@@ -5,8 +5,10 @@ mask, kept rows are sorted by expert, each expert is one contiguous GEMM. `einsu
 one-hot masks and static shapes, what XLA partitions best, and the oracle of the tests.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +17,26 @@ from torch import Tensor
 from openmoe.model.experts import Experts
 from openmoe.model.router import Routing
 
+Result = TypeVar("Result")
+
+
+class Aside(Generic[Result]):
+    """Work that needs nothing of the experts. A dispatcher may run it while tokens are on their way to them;
+    if none does, it is done when its result is asked for."""
+
+    def __init__(self, work: Callable[[], Result]) -> None:
+        self._work = work
+
+    @cached_property
+    def result(self) -> Result:
+        return self._work()
+
+    def run(self) -> None:
+        _ = self.result
+
 
 class TokenDispatcher(Protocol):
-    def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    def __call__(self, x: Tensor, routing: Routing, experts: Experts, aside: Aside | None = None) -> Tensor:
         """x `[G, T, d_model]` -> `[G, T, d_model]`, zero for tokens without a slot."""
 
 
@@ -63,7 +82,7 @@ def sort_choices(routing: Routing) -> tuple[Choices, Tensor]:
     return (choices.first(int(ends[-1])) if order.device.type == "cpu" else choices), ends
 
 
-def sort_dispatch(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def sort_dispatch(x: Tensor, routing: Routing, experts: Experts, aside: Aside | None = None) -> Tensor:
     choices, ends = sort_choices(routing)
     return choices.combine(experts(choices.take(x), ends), routing.gate)
 
@@ -85,7 +104,7 @@ class _Gather(torch.autograd.Function):
         return torch.where(kept[..., None], by_choice, 0).sum(1), None, None, None
 
 
-def einsum_dispatch(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def einsum_dispatch(x: Tensor, routing: Routing, experts: Experts, aside: Aside | None = None) -> Tensor:
     num_groups = x.shape[0]
     by_expert = F.one_hot(routing.expert_index, routing.logits.shape[-1]).to(x.dtype)  # [G, T, k, E]
     slots = torch.arange(routing.capacity, device=x.device)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from openmoe.model.batch import Batch
 from openmoe.model.config import ModelConfig
-from openmoe.model.dispatch import TokenDispatcher
+from openmoe.model.dispatch import Aside, TokenDispatcher
 from openmoe.model.experts import Experts
 from openmoe.model.groups import Groups, expert_capacity, routing_groups
 from openmoe.model.router import RouterStatistics, Routing, TopKRouter
@@ -49,9 +49,14 @@ class MoELayer(nn.Module):
         self.experts = Experts(config)
 
     def forward(
-        self, x: Tensor, real: Tensor, row_groups: RowGroups | None = None
+        self,
+        x: Tensor,
+        real: Tensor,
+        row_groups: RowGroups | None = None,
+        aside: Aside | None = None,
     ) -> tuple[Tensor, RouterStatistics, Routing]:
-        """x `[rows, seq_len / ranks, d_model]`; real bool `[rows, seq_len]`, False = padding."""
+        """x `[rows, seq_len / ranks, d_model]`; real bool `[rows, seq_len]`, False = padding. `aside` may
+        be done on the way."""
         rows, seq_len = real.shape
         if row_groups is None:
             groups = routing_groups(self.config, rows, seq_len, self.training)
@@ -66,7 +71,7 @@ class MoELayer(nn.Module):
             routed = F.pad(real, (0, padding)).reshape(groups.num_groups, -1)
         limit = None if row_groups is None else row_groups.capacity
         routing, statistics = self.router(grouped, capacity, rows, routed, limit)
-        y = self.dispatcher(grouped, routing, self.experts)
+        y = self.dispatcher(grouped, routing, self.experts, aside)
         y = y.reshape(rows, -1, x.shape[-1])[:, : x.shape[1]]
         return y, statistics, routing
 

@@ -59,7 +59,7 @@ def build(
     with torch.device("meta"):
         model = Decoder(
             config,
-            dispatcher=choose_dispatcher(config, parallel, topology, groups["expert"]),
+            dispatcher=choose_dispatcher(config, parallel, topology, groups["expert"], device.type),
             compute_dtype=compute_dtype,
             ranks=TensorGroup(groups["tensor"]) if topology.tensor > 1 else ONE_RANK,
         )
@@ -95,14 +95,15 @@ def build_decoder(config: ModelConfig, precision: str, device: torch.device, see
 
 
 def choose_dispatcher(
-    config: ModelConfig, parallel: ParallelConfig, topology: Topology, expert: Group
+    config: ModelConfig, parallel: ParallelConfig, topology: Topology, expert: Group, device_type: str
 ) -> TokenDispatcher:
     """How tokens reach their experts under a layout."""
+    overlap = parallel.overlap == "on" or (parallel.overlap == "auto" and device_type == "cuda")
     match exchange_of(config, parallel, topology):
         case "fixed":
-            return fixed_dispatch(expert)
+            return fixed_dispatch(expert, overlap)
         case "uneven":
-            return uneven_dispatch(expert)
+            return uneven_dispatch(expert, overlap)
     return DISPATCHERS[config.dispatch]
 
 

@@ -51,11 +51,29 @@ class Group:
         self, x: Tensor, send: Sequence[int] | None = None, receive: Sequence[int] | None = None
     ) -> Tensor:
         """Rows of x go to the ranks in order, `send[i]` of them to rank i; None = equal shares."""
+        out, _ = self._all_to_all(x, send, receive, wait=True)
+        return out
+
+    def start_all_to_all(
+        self, x: Tensor, send: Sequence[int] | None, receive: Sequence[int] | None
+    ) -> tuple[Tensor, dist.Work]:
+        """The same without waiting: what arrives may be read once `wait` is through."""
+        out, work = self._all_to_all(x, send, receive, wait=False)
+        assert work is not None
+        return out, work
+
+    def wait(self, kind: str, work: dist.Work) -> None:
+        """Announced by itself, for others have begun since; nothing more is sent."""
+        self.observe(self.name, f"wait for {kind}", 0)
+        work.wait()
+
+    def _all_to_all(
+        self, x: Tensor, send: Sequence[int] | None, receive: Sequence[int] | None, wait: bool
+    ) -> tuple[Tensor, dist.Work | None]:
         x = x.contiguous()  # first: empty_like keeps the strides
         out = torch.empty_like(x) if receive is None else x.new_empty(sum(receive), *x.shape[1:])
         self.observe(self.name, "all_to_all", x.nbytes)
-        dist.all_to_all_single(out, x, receive, send, self.group)
-        return out
+        return out, dist.all_to_all_single(out, x, receive, send, self.group, async_op=not wait)
 
     def sum_(self, x: Tensor) -> None:
         self.observe(self.name, "all_reduce", x.nbytes)
@@ -150,6 +168,64 @@ class _AllToAll(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         group, send, receive = ctx.way
         return group.all_to_all(grad, receive, send), None, None, None
+
+
+class OverlappedAllToAll:
+    """`all_to_all` in two halves, to be used once: other work may lie between them, forward and backward.
+
+    Backward, `finish` starts the way back and `start` waits for it. Of what is ready autograd runs the
+    youngest first, so what lay between the halves lies there again.
+    """
+
+    def __init__(
+        self, group: Group, send: Sequence[int] | None = None, receive: Sequence[int] | None = None
+    ) -> None:
+        self.group = group
+        self.send = send
+        self.receive = receive
+        self._under_way: tuple[Tensor, dist.Work] | None = None
+
+    def start(self, x: Tensor) -> Tensor:
+        """What will arrive; not to be read, only to be handed to `finish`."""
+        return _Start.apply(x, self)
+
+    def finish(self, arriving: Tensor) -> Tensor:
+        return _Finish.apply(arriving, self)
+
+    def begin(self, x: Tensor, back: bool) -> Tensor:
+        send, receive = (self.receive, self.send) if back else (self.send, self.receive)
+        self._under_way = self.group.start_all_to_all(x, send, receive)
+        return self._under_way[0]
+
+    def wait(self) -> Tensor:
+        assert self._under_way is not None
+        (arrived, work), self._under_way = self._under_way, None
+        self.group.wait("all_to_all", work)
+        return arrived
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: OverlappedAllToAll) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.begin(x, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.wait(), None  # what `_Finish` has sent; `grad` is of its rows still
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, arriving: Tensor, exchange: OverlappedAllToAll) -> Tensor:
+        ctx.exchange = exchange
+        exchange.wait()
+        return arriving
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.exchange.begin(grad, back=True)
+        return grad, None
 
 
 class FsdpCollective:

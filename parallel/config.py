@@ -16,6 +16,9 @@ class ParallelConfig(BaseModel, strict=True, extra="forbid", frozen=True, allow_
     # Between the ranks of an expert group: fixed sends all slots, uneven only the kept rows. auto: fixed
     # where whole routing groups with a capacity lie on each rank (tensor=1, not dropless).
     exchange: Literal["auto", "fixed", "uneven"] = "auto"
+    # The dense FFN of a parallel block runs while tokens travel to their experts. auto: where devices have
+    # streams for it (CUDA). Changes no result.
+    overlap: Literal["auto", "on", "off"] = "auto"
     # What a backward pass computes again: nothing; of norms, attention, FFN and experts all but what is
     # expensive (their inputs are kept); or all of a block.
     recompute: Literal["none", "selective", "full"] = "none"

@@ -7,29 +7,33 @@ Two exchanges with the same result:
   read by the host. Works for any routing, also without capacity.
 * fixed shape: every group sends its `capacity` slots of each expert, used or not. Nothing is read by the
   host and all shapes are constant; it needs whole groups on each rank, as slots are given out per group.
+
+With `overlap` what needs nothing of the experts is done while rows travel to them, and its backward pass
+while their gradients travel back. The ways from the experts overlap with nothing.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from openmoe.model.dispatch import Choices, TokenDispatcher, sort_choices
+from openmoe.model.dispatch import Aside, Choices, TokenDispatcher, sort_choices
 from openmoe.model.experts import Experts
 from openmoe.model.router import Routing
-from openmoe.parallel.collectives import Group, all_to_all
+from openmoe.parallel.collectives import Group, OverlappedAllToAll, all_to_all
 
 
-def uneven_dispatch(group: Group) -> TokenDispatcher:
+def uneven_dispatch(group: Group, overlap: bool = False) -> TokenDispatcher:
     """A dispatcher over the expert group that sends kept rows only."""
 
-    def dispatch(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    def dispatch(x: Tensor, routing: Routing, experts: Experts, aside: Aside | None = None) -> Tensor:
         choices, ends = sort_choices(routing)
         counts = ends.diff(prepend=ends.new_zeros(1)).view(group.size, -1)  # [ranks, experts of each]
         arriving = group.all_to_all(counts)  # [ranks, own experts]
         send, receive = torch.stack((counts.sum(1), arriving.sum(1))).tolist()  # the one host sync
         choices = choices.first(sum(send))
-        rows = all_to_all(choices.take(x), group, send, receive)
+        rows = _travel(choices.take(x), group, aside if overlap else None, send, receive)
         # By sender, then expert -> by expert, then sender: each expert is one contiguous block.
         expert = torch.arange(arriving.shape[1], device=x.device).repeat(group.size)
         order = expert.repeat_interleave(arriving.flatten(), output_size=len(rows)).argsort(stable=True)
@@ -42,18 +46,33 @@ def uneven_dispatch(group: Group) -> TokenDispatcher:
     return dispatch
 
 
-def fixed_dispatch(group: Group) -> TokenDispatcher:
+def fixed_dispatch(group: Group, overlap: bool = False) -> TokenDispatcher:
     """A dispatcher over the expert group that sends all slots of whole groups."""
 
-    def dispatch(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    def dispatch(x: Tensor, routing: Routing, experts: Experts, aside: Aside | None = None) -> Tensor:
         choices = _slots_by_expert(routing)
         buffers = choices.take(x).unflatten(0, (group.size, -1, len(x) * routing.capacity))
-        rows = all_to_all(buffers, group)  # [senders, own experts, slots, d_model]
+        rows = _travel(buffers, group, aside if overlap else None)  # [senders, own experts, slots, d_model]
         out = experts(rows.transpose(0, 1).flatten(1, 2))
         out = out.unflatten(1, (group.size, -1)).transpose(0, 1)
         return choices.combine(all_to_all(out, group).flatten(0, 2), routing.gate)
 
     return dispatch
+
+
+def _travel(
+    x: Tensor,
+    group: Group,
+    meanwhile: Aside | None,
+    send: Sequence[int] | None = None,
+    receive: Sequence[int] | None = None,
+) -> Tensor:
+    if meanwhile is None:
+        return all_to_all(x, group, send, receive)
+    exchange = OverlappedAllToAll(group, send, receive)
+    arriving = exchange.start(x)
+    meanwhile.run()
+    return exchange.finish(arriving)
 
 
 def _slots_by_expert(routing: Routing) -> Choices:
