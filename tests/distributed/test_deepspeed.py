@@ -163,6 +163,7 @@ class Leg:
     engine: str
     first: int
     last: int
+    frozen: bool = False  # routers
 
 
 def train_leg(setup: Setup, leg: Leg, precision: str, given: Path | None, to: Path) -> list[dict[str, Any]]:
@@ -180,6 +181,8 @@ def train_leg(setup: Setup, leg: Leg, precision: str, given: Path | None, to: Pa
         tensors = training_tensors(training.model, training.optimizer, training.ranks)
         load_checkpoint(given, tensors, {})
         restore_counters(training.optimizer, tensors, leg.first, training.ranks)
+    if leg.frozen:
+        training.model.freeze_routers()
     metrics = [training.step(number) for number in range(leg.first, leg.last)]
     tensors = training_tensors(training.model, training.optimizer, training.ranks)
     write_checkpoint(to, tensors, step=leg.last, tokens_seen=leg.last, milestone=False, model={}, metadata={})
@@ -228,6 +231,7 @@ UNBROKEN = 14  # updates: four, a checkpoint, ten more
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
 def test_between_engines(engine_pool: Pool, optimizer: str, tmp_path: Path) -> None:
     """Catches a checkpoint of one engine that another one reads as something else: parameters that the
@@ -248,6 +252,20 @@ def test_between_engines(engine_pool: Pool, optimizer: str, tmp_path: Path) -> N
         assert difference < 1e-10, (start, end)
 
 
+@pytest.mark.distributed
+def test_frozen_routers(engine_pool: Pool, tmp_path: Path) -> None:
+    """Catches a missing gradient that the engine takes for zeros: decay would move the weights."""
+    case = small(Variant(RELEASED), ADAMW)
+    checkpoints = [
+        run_legs(engine_pool, case, [Leg(layout, engine, 0, 2, frozen=True)], "fp64", tmp_path / layout)[1]
+        for layout, engine in (("alone", "torch"), ("data2-tensor2-expert4", "zero0"))
+    ]
+    alone, found = map(tensors_of, checkpoints)
+    for name, tensor in found.items():
+        if name.startswith("model/"):
+            assert torch.allclose(tensor, alone[name], rtol=0, atol=1e-10), name
+
+
 ZERO_CASES = [
     ("data2", "zero1", 1),
     ("data2-expert2", "zero2", 4),
@@ -260,6 +278,7 @@ ZERO_CASES = [
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_zero(engine_pool: Pool, precision: str, tmp_path: Path) -> None:
     """Catches gradients of a run that lack other ranks' or other micro-batches' terms, a norm that counts
@@ -289,6 +308,7 @@ def test_zero(engine_pool: Pool, precision: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(900)
 def test_state_of_zero_by_parameter(engine_pool: Pool, tmp_path: Path) -> None:
     """Catches a state that is taken for another parameter's, lost at the end of a run or between two, added
     up over copies, or that is not put back."""
