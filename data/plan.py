@@ -147,7 +147,9 @@ class Planner:
         sizes = np.zeros(0)
         while ahead.step < total_steps:
             ahead._enter(self._curriculum.phase_at(ahead.step))
-            end = min(total_steps, self._curriculum.end_step(ahead._phase) or total_steps)
+            end = self._curriculum.end_step(ahead._phase)
+            # The last phase goes on behind its mark.
+            end = total_steps if end is None or end <= ahead.step else min(total_steps, end)
             sizes = np.array([stream.epoch_tokens(ahead._joins()) for stream in self._streams])
             before, after = ahead._numbers(ahead.step), ahead._numbers(end)
             for source in np.flatnonzero((after > sizes) & (after > before)).tolist():

@@ -323,6 +323,18 @@ def test_repetition_is_foreseen(prepared: PreparedData, config: DataConfig) -> N
     assert loader(prepared, forbidden, phases=phases).repetitions(early) == []
 
 
+def test_repetition_is_foreseen_behind_the_last_mark(prepared: PreparedData, config: DataConfig) -> None:
+    """Catches a run of more steps than its curriculum has that looks for them for ever."""
+    marked = [PhaseConfig(until_steps=30, mix={"short": 1.0}, objective="ul2")]
+    endless = [PhaseConfig(mix={"short": 1.0}, objective="ul2")]
+    expected = loader(prepared, config, phases=endless).repetitions(60)
+    assert expected
+    made = loader(prepared, config, phases=marked)
+    assert made.repetitions(60) == expected
+    take(made, 40)
+    assert made.repetitions(60)[0].epochs == expected[0].epochs
+
+
 def test_dense_rows_hold_the_released_examples(prepared: PreparedData, config: DataConfig) -> None:
     """Catches packing that changes, drops or doubles examples, or mixes up their segments."""
     phases = [PhaseConfig(mix={"long": 1.0}, objective="ul2")]
