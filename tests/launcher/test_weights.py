@@ -1,6 +1,8 @@
 """Weights out, in, and as the start of a run, by the commands."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from openmoe.launcher import export, import_weights, train
 from openmoe.launcher.entry import read_config
 
 from .conftest import Small, lines
+from .test_processes import free_port
 
 RELEASED = (
     "model.ffn=swiglu4",
@@ -178,3 +181,25 @@ def test_t5x_by_command(tmp_path: Path, command: Command) -> None:
     router = stored.rows("model/layers.1.moe.router.weight", 0, 2)
     kernel = flat["decoder/layers_1/mlp/router/router_weights/w/kernel"]
     assert torch.equal(router, torch.from_numpy(kernel).T)
+
+
+@pytest.mark.slow
+def test_the_start_of_several_processes(small: Small, tmp_path: Path, command: Command) -> None:
+    """Bug: a rank that takes the whole of a tensor, or another's part, or keeps its initial values."""
+    more = ["train.precision=fp64", "train.validation_rows=0", "checkpoint.asynchronous=false"]
+    command(train, *small(tmp_path / "first", *more, "train.steps=2"))
+    start = [*more, f"checkpoint.initialise_from={tmp_path / 'first'}", "train.steps=2"]
+    command(train, *small(tmp_path / "one", *start))
+    two = small(tmp_path / "two", *start, "parallel.tensor=2", "parallel.expert=2")
+    ended = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+            "--master-port", str(free_port()),
+            "-m", "openmoe.launcher.train", *two,
+        ],
+        capture_output=True, text=True, timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    losses = [[line["loss"] for line in lines(tmp_path / name)] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-10, rel=0)
