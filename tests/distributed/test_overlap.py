@@ -106,6 +106,7 @@ def test_ffn_runs_meanwhile(pool: Pool, topology: Topology) -> None:
     case = setup(topology, Variant(), n_layers=2)
     for _, noted in pool.run(both_ways, 2, case, topology, timeout_seconds=120):
         forward, backward = between(noted)
+        assert noted.count(("ffn", "forward", 0)) == 2  # once in each block
         assert ("ffn", "forward", 0) in forward
         assert ("ffn", "backward", 0) in backward
         if topology.tensor > 1:
