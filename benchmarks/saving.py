@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.saving [FOLDER]      # a few minutes; one core stays free of two
 
-One process, a MoE model of 50 million parameters in float32 with Adafactor (0.2 GB a checkpoint, in FOLDER or
-the folder for temporary files). Each round takes in random order: steps without a save, steps from an
+One process, a MoE model in float32 with Adafactor, large for its short steps (0.5 GB a checkpoint, in FOLDER
+or the folder for temporary files). Each round takes in random order: steps without a save, steps from an
 asynchronous save until it is done, and a save that the run waits for. What steps lose is their time beyond as
 many steps without a save, `save()` itself included; its share is that of the time that the save takes. A
 product of matrices before each round says how quiet the machine is. Prints a table and writes it to
@@ -33,11 +33,11 @@ from openmoe.parallel.ranks import OneProcess
 from openmoe.train.step import MicroBatch, micro_batches, train_step
 
 ROUNDS = 7
-STEPS = 8  # without a save, a round
+STEPS = 12  # without a save, a round
 RESULT = Path(__file__).resolve().parent / "results" / "saving.txt"
 OVERRIDES = [
-    "experiment=tiny", "run.dir=unused", "model.d_model=512", "model.d_ff=1024", "model.n_heads=8",
-    "model.head_dim=64", "train.global_batch_rows=8",
+    "experiment=tiny", "run.dir=unused", "model.d_model=512", "model.d_ff=4096", "model.n_heads=8",
+    "model.head_dim=64", "train.global_batch_rows=2",
 ]  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def main() -> None:
         spread = max(found["matmul"]) / min(found["matmul"]) - 1
         parameters = sum(parameter.numel() for parameter in training.model.parameters())
         machine = f"{torch.get_num_threads()} thread(s), {os.cpu_count()} cores, {platform.machine()}"
-        text = f"""{parameters:,} parameters; {machine}; torch {torch.__version__}
+        text = f"""{parameters:,} parameters, {machine}; torch {torch.__version__}
 medians of {ROUNDS} rounds (quartiles)
 the matrix product differs by {spread:.0%} between rounds; above 15% the machine was not quiet
 
