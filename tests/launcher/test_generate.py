@@ -18,7 +18,7 @@ from openmoe.launcher import generate as command
 from openmoe.launcher.entry import load_config
 from openmoe.launcher.train import model_identity
 from openmoe.model.decoder import Decoder
-from openmoe.model.generation import generate
+from openmoe.model.generation import NewToken, generate
 from openmoe.model.sampling import SamplingConfig
 from openmoe.parallel.build import build_decoder
 from tests.model.test_kv_cache import check
@@ -153,6 +153,20 @@ def test_length_beyond_training(run: Run) -> None:
         "rows of up to 65 positions; the model was trained on rows of 64"
         in run("prompt=", "max_new_tokens=65")[1]
     )
+
+
+def test_characters_of_several_tokens(
+    run: Run, loaded: tuple[Decoder, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches half a character on the terminal, one that never comes, and text behind broken bytes that is
+    lost."""
+    tokenizer = loaded[1]
+    tokens = tokenizer.encode("kö€x🜁")
+    assert len(tokens) > 10
+    for made in (tokens, [*tokens[:-1], *tokens[:3]]):
+        steps = [NewToken(0, token, 0.0) for token in made]
+        monkeypatch.setattr(command, "stream", lambda *_, steps=steps: iter(steps))
+        assert run("prompt=k")[0] == "k" + tokenizer.decode(made) + "\n"
 
 
 def test_no_text_commands_the_terminal() -> None:
