@@ -163,7 +163,7 @@ def test_characters_of_several_tokens(
     tokenizer = loaded[1]
     tokens = tokenizer.encode("kö€x🜁")
     assert len(tokens) > 10
-    for made in (tokens, [*tokens[:-1], *tokens[:3]]):
+    for made in (tokens, tokens[:-1], [*tokens[:-1], *tokens[:3]]):
         steps = [NewToken(0, token, 0.0) for token in made]
         monkeypatch.setattr(command, "stream", lambda *_, steps=steps: iter(steps))
         assert run("prompt=k")[0] == "k" + tokenizer.decode(made) + "\n"
