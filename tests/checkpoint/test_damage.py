@@ -251,7 +251,9 @@ def test_a_file_that_lies_with_the_right_digest(whole: Path, data: Any) -> None:
         name = data.draw(st.sampled_from(sorted(places)))
         entry, offsets = header[name], places[name]["saved_offsets"]
         names = [f"tensor {name} ", path.name]
-        kind = data.draw(st.sampled_from(["place", "shape", "data", "dtype", "name", "no place", "text"]))
+        kind = data.draw(
+            st.sampled_from(["place", "shape", "data", "dtype", "name", "no place", "moved", "tail", "text"])
+        )
         if kind == "place" and offsets:
             dim = data.draw(st.integers(0, len(offsets) - 1))
             offsets[dim] += data.draw(st.integers(1, 3) | st.integers(-3, -1))
@@ -268,6 +270,11 @@ def test_a_file_that_lies_with_the_right_digest(whole: Path, data: Any) -> None:
             names += ["tensor model/zero "]
         elif kind == "no place":
             del places[name]
+        elif kind == "moved" and len(set(entry["data_offsets"])) == 2:  # nothing may lie between any two
+            by = data.draw(st.sampled_from([-4, 4]))
+            entry["data_offsets"] = [place + by for place in entry["data_offsets"]]
+        elif kind == "tail":
+            content += bytes(data.draw(st.integers(1, 8)))
         else:
             place = data.draw(st.integers(8, end - 1))
             header = content[8:place] + b"\0" + content[place + 1 : end]
