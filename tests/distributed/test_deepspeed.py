@@ -81,7 +81,9 @@ def reference(engine_pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
 
 def under_deepspeed(case: Setup, zero_stage: int = 0, optim: OptimConfig | None = None) -> Setup:
-    parallel = case.config.parallel.model_copy(update={"engine": "deepspeed", "zero_stage": zero_stage})
+    parallel = case.config.parallel.model_copy(
+        update={"engine": "deepspeed", "zero_stage": zero_stage, "overlap": "on"}
+    )
     changes: dict[str, Any] = {"parallel": parallel, "optim": optim or case.config.optim}
     return Setup(case.config.model_copy(update=changes), case.variant)
 
