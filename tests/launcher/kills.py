@@ -94,6 +94,7 @@ TARGETS = [
     "after the update",
     "validation",
     "save begins",
+    f"{EVERY}: after the update",
     "save: copying",
     "save: writing",
     "save: syncing",
@@ -138,7 +139,7 @@ class Kill:
         if step == str(MARK) and what.startswith("after"):
             return "at the mark, outside validation"
         if what in ("save begins", "save goes on") or (
-            step.isdecimal() and int(step) % EVERY == 0 and what != "update"
+            step.isdecimal() and int(step) % EVERY == 0 and what.startswith("after")
         ):
             return "before a save, its update done"
         if step.isdecimal() and int(step) % EVERY == 1 and int(step) > 1:

@@ -74,14 +74,29 @@ def test_a_failed_save_ends_the_run_after_the_next_step(
     """Bug: a run that trains on without checkpoints; ranks that leave after different steps and tell of lost
     contact instead of the disk; a traceback."""
     run_dir = tmp_path / "run"
-    # On the second rank.
+    # On the second rank, which is the last to know.
+    late = """
+import time
+from openmoe.checkpoint.manager import CheckpointManager
+write = CheckpointManager._write
+def slowly(*args, **kwargs):
+    try:
+        write(*args, **kwargs)
+    except OSError:
+        time.sleep(1)
+        raise
+CheckpointManager._write = slowly
+"""
     full = "if 'step_6' in str(args[0]): raise OSError(28, 'No space left on device')\nreturn call()"
     arguments = small(run_dir, "checkpoint.every_steps=3", "parallel.expert=2", "checkpoint.resume=auto")
-    started = start_run(commands, 2, arguments, wrap(SAVED, full))
+    started = start_run(commands, 2, arguments, late + wrap(SAVED, full))
     assert [command.wait(120) for command in started] == [3, 3], started[0].stderr
     said = [command.stderr for command in started if "error: " in command.stderr]
     assert len(said) == 1
     assert "step_6: not written: No space left on device; the last one is whole: " in error_line(said[0])
+    for log in (run_dir / "logs").iterdir():
+        assert "CheckpointWriteError" in log.read_text()
+        assert "LostContact" not in log.read_text()
     assert steps_saved(run_dir) == [3]
     done = (run_dir / "metrics.jsonl").read_text().count("\n")
     assert 6 <= done <= 9, done
