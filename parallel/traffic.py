@@ -153,9 +153,12 @@ def _sequences(step: Step) -> Iterator[Traffic]:
     size = step.micro_batch_rows * step.seq_len * model.d_model * step.compute_bytes
     in_blocks = 2 * model.n_layers * rows  # attention and FFN
     again = in_blocks if step.parallel.recompute == "full" else 0
+    # Recomputation of a block ends before its last sum, of which the backward pass needs nothing (but where
+    # the FFN of a MoE block runs before the experts, with parallel.overlap).
+    summed_again = again // 2
     # Forward: a gather and a scatter in each, a scatter after the embedding, a gather before the head.
     yield Traffic("activations", "tensor", "all_gather", 2 * in_blocks + again + 2 * rows, size)
-    yield Traffic("activations", "tensor", "reduce_scatter", 2 * in_blocks + again + 2 * rows, size)
+    yield Traffic("activations", "tensor", "reduce_scatter", 2 * in_blocks + summed_again + 2 * rows, size)
     wide = max(4, step.compute_bytes)
     tokens = step.micro_batch_rows * step.seq_len
     yield Traffic(

@@ -13,6 +13,7 @@ from tests.distributed.pool import Pool
 CASES = [
     (Topology(4, 1, 4, 1, 4), Variant("tiny")),
     (Topology(4, 1, 4, 1, 2), Variant("tiny_released", micro_batches=2, recompute="full")),
+    (Topology(4, 1, 2, 2, 2), Variant("tiny", recompute="full")),
     (Topology(8, 2, 2, 2, 4), Variant("tiny", micro_batches=2)),
     (Topology(8, 1, 2, 4, 2), Variant("tiny", dropless=True, recompute="selective")),
     (Topology(8, 8, 1, 1, 1), Variant("tiny_released", micro_batches=4)),
