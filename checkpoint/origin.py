@@ -51,15 +51,36 @@ def loss_weights_of(folder: Path, manifest: Manifest) -> LossWeights:
 def tokenizer_of(folder: Path, manifest: Manifest) -> Tokenizer:
     """The tokenizer in the checkpoint, or the one that its run read its data with.
 
-    Raises CheckpointError where the checkpoint names none, DataError where that is gone.
+    Raises CheckpointError where the checkpoint names none, or the run's data now have another one; DataError
+    where they are gone.
     """
     if TOKENIZER in manifest.files:
         return load_tokenizer(str(folder / TOKENIZER), "checkpoint")
+    advice = "give it with tokenizer=FILE (to export without one: tokenizer=none)"
     config = manifest.metadata.get("config", {})
     if "data" not in config or "curriculum" not in config:
-        raise CheckpointError(f"{folder}: holds no tokenizer, and does not say which one its model had")
+        raise CheckpointError(
+            f"{folder}: holds no tokenizer, and does not say which one its model had; {advice}"
+        )
     sources = {name for phase in config["curriculum"] for name, rate in phase["mix"].items() if rate > 0}
-    return open_tokenizer(_validated(folder, DataConfig, config["data"]), sorted(sources))
+    data = _validated(folder, DataConfig, config["data"])
+    tokenizer = open_tokenizer(data, sorted(sources))
+    stated = tokenizer_sha256(manifest)
+    if stated not in (None, tokenizer.sha256):
+        where = "the embedded text" if data.root is None else f"data.root={data.root}"
+        raise CheckpointError(
+            f"{folder}: its model's tokenizer has SHA-256 {stated}, the one of {where} is now "
+            f"{tokenizer.sha256}; {advice}"
+        )
+    return tokenizer
+
+
+def tokenizer_sha256(manifest: Manifest) -> str | None:
+    """SHA-256 of the tokenizer that the model was trained with; None where the checkpoint does not say."""
+    if TOKENIZER in manifest.files:
+        return manifest.files[TOKENIZER].sha256
+    stated: str | None = manifest.metadata.get("data", {}).get("identity", {}).get("tokenizer")
+    return stated
 
 
 def _validated(folder: Path, section: type[Section], values: dict[str, Any]) -> Section:

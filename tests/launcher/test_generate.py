@@ -1,6 +1,7 @@
 """The generate command: what it prints, what it writes, what it refuses."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from openmoe.checkpoint.load_model import load_model
+from openmoe.checkpoint.manifest import read_manifest
 from openmoe.checkpoint.state import model_tensors
 from openmoe.checkpoint.storage import write_checkpoint
 from openmoe.data.config import TokenizerConfig
@@ -234,3 +236,21 @@ def test_another_tokenizer(run: Run, refused: Refused, tmp_path: Path) -> None:
     result = json.loads((tmp_path / "out").read_text())
     assert result["text"] == small.decode(result["tokens"])
     assert "ids with its sentinels, and the model's" in refused("prompt=a", f"tokenizer={tmp_path}/900.model")
+
+
+def test_the_tokenizer_has_changed(
+    run: Run, refused: Refused, run_dir: Path, small: Small, tmp_path: Path
+) -> None:
+    """Catches text through another tokenizer than the model's, when the run's data are others by now."""
+    stored = run_dir / "checkpoints" / "step_5"
+    manifest = read_manifest(stored)
+    sha256 = open_tokenizer(load_config(small(run_dir)).data, ["alpha", "beta"]).sha256
+    for name, stated in (("same", sha256), ("other", "abc")):
+        shutil.copytree(stored, tmp_path / name)
+        data = {"data": {"identity": {"tokenizer": stated}}}
+        changed = manifest.model_copy(update={"metadata": manifest.metadata | data})
+        (tmp_path / name / "manifest.json").write_text(changed.text())
+    run(f"checkpoint={tmp_path / 'same'}", "prompt=kam", "max_new_tokens=1")
+    line = refused(f"checkpoint={tmp_path / 'other'}", "prompt=kam")
+    assert "SHA-256 abc, the one of data.root=" in line
+    assert f"is now {sha256}; give it with tokenizer=FILE" in line
