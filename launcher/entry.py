@@ -123,9 +123,14 @@ def _leave(code: int) -> NoReturn:
 
 def load_config(overrides: Sequence[str]) -> Config:
     """The Config of these command-line overrides; raises ConfigError."""
+    return load_page(Config, "config", overrides)
+
+
+def load_page(page: type[Page], name: str, overrides: Sequence[str]) -> Page:
+    """The page conf/`name`.yaml with these overrides; raises ConfigError."""
     try:
         with hydra.initialize_config_module("openmoe.conf", version_base="1.3"):
-            return to_page(hydra.compose("config", list(overrides)), Config)
+            return to_page(hydra.compose(name, list(overrides)), page)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_hydra_line(error)) from None
 

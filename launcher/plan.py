@@ -17,7 +17,8 @@ from openmoe.launcher.plan_figure import draw
 from openmoe.launcher.schema import Config
 from openmoe.launcher.train import count_steps
 from openmoe.model.accounting import count_flops
-from openmoe.parallel.topology import check_fit, resolve
+from openmoe.parallel.recompute import Recompute
+from openmoe.parallel.topology import Topology, resolve
 from openmoe.plan.cluster import ClusterConfig
 from openmoe.plan.search import Candidate, Planner, Request
 
@@ -46,9 +47,11 @@ def main() -> None:
 def make_plan(page: PlanPage) -> None:
     """Print the layouts that fit, fastest first, and all about the first of them.
 
-    A layout given in full (parallel.shard) is the only one looked at, with each way of recomputation.
+    Degrees of the page other than 1 and a recomputation other than none are kept; parallel.shard pins the
+    layout. Rows of a micro-batch are always looked for.
     Raises ConfigError where nothing fits, saying what would.
     """
+    _check(page)
     request = Request(page.model, page.optim, page.train, page.parallel, page.plan.loss_share)
     found = look(Planner(request, page.cluster), page)
     fitting = [candidate for candidate in found if candidate.seconds is not None]
@@ -69,19 +72,20 @@ def make_plan(page: PlanPage) -> None:
         print(f"\nwritten: {folder / 'plan.json'}, {folder / 'plan.png'}")
 
 
+def _check(page: PlanPage) -> None:
+    if page.parallel.engine != "torch":
+        raise ConfigError(f"parallel.engine={page.parallel.engine}: plans know torch")
+    precision = page.train.precision
+    for key in ("flops_per_second", "peak_flops_per_second"):
+        known = getattr(page.cluster, key)
+        if precision not in known:
+            has = ", ".join(sorted(known))
+            raise ConfigError(f"cluster.{key}: no rate for train.precision={precision}; allowed: {has}")
+
+
 def look(planner: Planner, page: PlanPage) -> list[Candidate]:
     """All candidates: those that fit, fastest first, then the others, the smallest first."""
-    layouts = planner.layouts()
-    if page.parallel.shard != -1:
-        only = resolve(page.parallel, page.cluster.devices)
-        train = page.train
-        check_fit(only, page.model, train.seq_len, train.global_batch_rows, train.micro_batch_rows)
-        layouts = [layout for layout in layouts if layout[0] == only]
-    if not layouts:
-        raise ConfigError(
-            f"cluster.devices={page.cluster.devices}: no layout cuts train.global_batch_rows="
-            f"{page.train.global_batch_rows} into whole routing groups of {page.model.group_rows}"
-        )
+    layouts = asked_for(planner, page)
     found, start = [], time.monotonic()
     for number, layout in enumerate(layouts, 1):
         found.append(planner.candidate(*layout))
@@ -89,6 +93,31 @@ def look(planner: Planner, page: PlanPage) -> list[Candidate]:
         if sys.stderr.isatty():
             print(f"{number} of {len(layouts)} layouts, about {left:.0f} s left ", end="\r", file=sys.stderr)
     return sorted(found, key=_rank)
+
+
+def asked_for(planner: Planner, page: PlanPage) -> list[tuple[Topology, Recompute]]:
+    """The layouts that the page leaves open: where it names a degree or a recomputation, that one."""
+    parallel = page.parallel
+    if parallel.shard != -1:
+        only = resolve(parallel, page.cluster.devices)
+        planner.check(only)
+        layouts = [(only, mode) for mode in planner.modes()]
+    else:
+        named = {key: getattr(parallel, key) for key in ("replicate", "tensor", "expert")}
+        named = {key: degree for key, degree in named.items() if degree != 1}
+        layouts = [
+            (topology, mode)
+            for topology, mode in planner.layouts()
+            if all(getattr(topology, key) == degree for key, degree in named.items())
+        ]
+        if not layouts:
+            degrees = " ".join(f"parallel.{key}={degree}" for key, degree in named.items())
+            raise ConfigError(
+                f"{degrees}: no layout of {page.cluster.devices} devices has it; allowed 1, which leaves it "
+                f"open, or parallel.shard=N, which says all"
+            )
+    wanted = parallel.recompute
+    return [layout for layout in layouts if wanted in ("none", layout[1])]
 
 
 def _rank(candidate: Candidate) -> tuple[bool, float]:
@@ -163,7 +192,7 @@ def _record(page: PlanPage, candidate: Candidate) -> dict[str, Any]:
         "sent_seconds": seconds.sent,
         "waiting_seconds": seconds.waiting,
         "tokens_per_second_per_device": tokens / seconds.total / devices,
-        "mfu": useful / seconds.total / devices / page.cluster.flops_per_second[page.train.precision],
+        "mfu": useful / seconds.total / devices / page.cluster.peak_flops_per_second[page.train.precision],
         "days": hours / 24,
         "cost": None if price is None else hours * devices * price,
     }

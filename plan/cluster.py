@@ -1,6 +1,10 @@
 """A page of conf/cluster: the devices that a plan is made for."""
 
+from typing import Annotated
+
 from pydantic import BaseModel, Field
+
+Flops = dict[str, Annotated[float, Field(gt=0)]]
 
 
 class ClusterConfig(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf_nan=False):
@@ -11,7 +15,10 @@ class ClusterConfig(BaseModel, strict=True, extra="forbid", frozen=True, allow_i
     memory_bytes: int = Field(gt=0)
     # Taken by the driver, by the buffers of collectives and by holes between tensors.
     reserved_bytes: int = Field(ge=0)
-    flops_per_second: dict[str, float]  # by precision (fp32, bf16, fp64), in large matrix products
+    flops_per_second: Flops  # by precision (fp64, fp32, bf16), in large matrix products
+    peak_flops_per_second: (
+        Flops  # of the data sheet; MFU is a share of it, as in training
+    )
     memory_bytes_per_second: float = Field(gt=0)
     node_bytes_per_second: float = Field(gt=0)  # to the other devices of the node
     network_bytes_per_second: float = Field(gt=0)  # to other nodes

@@ -1,5 +1,6 @@
 """One micro-batch of a layout, ready to be traced: this rank's slice of the model on the meta device."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -93,7 +94,7 @@ def _rank_of(config: ModelConfig, precision: str, shape: MicroBatchShape) -> Dec
     """The weights that a rank computes with, as FSDP hands them to the modules."""
     parameter_dtype, compute_dtype = DTYPES[precision]
     # The smallest world that holds such a rank.
-    ranks = max(shape.tensor, shape.expert)
+    ranks = math.lcm(shape.tensor, shape.expert)
     topology = Topology(ranks, 1, ranks // shape.tensor, shape.tensor, shape.expert)
     with META:
         model = Decoder(

@@ -6,6 +6,7 @@ from typing import get_args
 
 from openmoe.model.config import ModelConfig
 from openmoe.optim.config import OptimConfig
+from openmoe.parallel.build import exchange_of
 from openmoe.parallel.config import ParallelConfig
 from openmoe.parallel.placement import ParameterLayout
 from openmoe.parallel.recompute import Recompute
@@ -51,11 +52,38 @@ class Planner:
         self._updates: dict[tuple[int, int, int], _Update] = {}
 
     def layouts(self) -> list[tuple[Topology, Recompute]]:
-        """All that the model and its batch can be cut into."""
-        return [(topology, mode) for topology in self._topologies() for mode in RECOMPUTE]
+        """All that the model and its batch can be cut into, with each way of recomputation.
 
-    def _topologies(self) -> Iterator[Topology]:
-        devices, train = self.cluster.devices, self.request.train
+        Raises TopologyError where there are none.
+        """
+        return [(topology, mode) for topology in self._topologies() for mode in self.modes()]
+
+    def modes(self) -> list[Recompute]:
+        """Ways of recomputation that the `parallel` section allows."""
+        return [mode for mode in RECOMPUTE if mode != "selective" or not self.request.parallel.compile]
+
+    def check(self, topology: Topology) -> None:
+        """Raises TopologyError where the model, its batch or its exchange does not fit the layout."""
+        train, model = self.request.train, self.request.model
+        check_fit(topology, model, train.seq_len, train.global_batch_rows, -1)
+        exchange_of(model, self.request.parallel, topology)
+
+    def _topologies(self) -> list[Topology]:
+        found, refused = [], None
+        for degrees in self._degrees():
+            try:
+                topology = Topology(self.cluster.devices, *degrees)
+                self.check(topology)
+                found.append(topology)
+            except TopologyError as error:
+                refused = refused or error
+        if not found and refused is not None:
+            raise refused
+        return found
+
+    def _degrees(self) -> Iterator[tuple[int, int, int, int]]:
+        """replicate, shard, tensor, expert."""
+        devices = self.cluster.devices
         degrees = [degree for degree in range(1, devices + 1) if devices % degree == 0]
         experts = degrees if self.request.model.moe_every else [1]
         for tensor in degrees:
@@ -64,14 +92,8 @@ class Planner:
                 continue
             for replicate in degrees:
                 for expert in experts:
-                    try:
-                        topology = Topology(
-                            devices, replicate, devices // replicate // tensor, tensor, expert
-                        )
-                        check_fit(topology, self.request.model, train.seq_len, train.global_batch_rows, -1)
-                    except TopologyError:
-                        continue
-                    yield topology
+                    if devices // replicate % tensor == 0:
+                        yield replicate, devices // replicate // tensor, tensor, expert
 
     def candidate(self, topology: Topology, recompute: Recompute) -> Candidate:
         """With the most rows in a micro-batch that fit, and at least those of a routing group."""
@@ -79,21 +101,21 @@ class Planner:
         rows = self._possible_rows(topology)
         step = self._step(topology, recompute, rows[0])
         state = self._update(step).memory
-        if state.total > limit:
-            return Candidate(step, state, None)
+        least = with_micro_batch(state, self._trace(step))
+        if least.total > limit:
+            return Candidate(step, least, None)
         # Bytes are a constant and a share of each row; the end is checked.
         one, two = (
             self._trace(self._step(topology, recompute, n)).peak_bytes for n in (rows[0], 2 * rows[0])
         )
         per_row = max(1, (two - one) // rows[0])
         most = rows[0] + max(0, limit - state.total - one) // per_row
-        for n in sorted((n for n in rows if n <= most), reverse=True):
-            step = self._step(topology, recompute, n)
-            memory = with_micro_batch(state, self._trace(step))
+        for n in sorted((n for n in rows if rows[0] < n <= most), reverse=True):
+            larger = self._step(topology, recompute, n)
+            memory = with_micro_batch(state, self._trace(larger))
             if memory.total <= limit:
-                return Candidate(step, memory, self._seconds(step))
-        step = self._step(topology, recompute, rows[0])
-        return Candidate(step, with_micro_batch(state, self._trace(step)), None)
+                return Candidate(larger, memory, self._seconds(larger))
+        return Candidate(step, least, self._seconds(step))
 
     def _possible_rows(self, topology: Topology) -> list[int]:
         model, train = self.request.model, self.request.train

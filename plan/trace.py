@@ -143,19 +143,22 @@ class Watch(TorchDispatchMode):
 
 
 def _flops(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    masked = kwargs.get("attn_mask") is not None
     if operation is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-        return _causal_products(args[0], 2)  # scores, weighted values
+        return _products(args[0], 2, masked)  # scores, weighted values
     if operation is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return _causal_products(args[1], 5)  # scores again, and the gradients of all three and of the scores
+        # Scores again, and the gradients of all three and of the scores.
+        return _products(args[1], 5, masked)
     if operation is torch.ops.aten._grouped_mm:
         return 2 * args[0].numel() * args[1].shape[-1]
     formula = flop_registry.get(operation)
     return int(formula(*args, **kwargs, out_val=out)) if formula else 0
 
 
-def _causal_products(q: Tensor, products: int) -> int:
-    """Of `[rows, heads, seq_len, head_dim]`; half of the columns are visible."""
-    return products * q.numel() * q.shape[2]
+def _products(q: Tensor, products: int, masked: bool) -> int:
+    """Of `[rows, heads, seq_len, head_dim]` with the half of the columns that is visible, or under a mask with
+    all of them."""
+    return products * q.numel() * q.shape[2] * (2 if masked else 1)
 
 
 def _held_bytes(tensor: Tensor) -> int:
@@ -163,9 +166,13 @@ def _held_bytes(tensor: Tensor) -> int:
     return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-    """As kernels do it, which keep no scores; the meta device would spell them out."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=1.0)[0]
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
+) -> Tensor:
+    """As kernels do it, which keep no scores but their mask; the meta device would spell them out."""
+    bias = None if attn_mask is None else attn_mask.to(q.dtype)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return flash(q, k, v, 0.0, is_causal, attn_mask=bias, scale=scale)[0]
 
 
 def trace(model: nn.Module, loss: Callable[[], Tensor]) -> Trace:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from openmoe.launcher.entry import load_page
+from openmoe.launcher.plan import PlanPage, asked_for
 from openmoe.launcher.schema import Config
 from openmoe.model.batch import Batch
 from openmoe.model.decoder import Decoder
@@ -22,6 +24,7 @@ from openmoe.parallel.traffic import Step, Traffic, Update, layouts_of
 from openmoe.plan.cluster import ClusterConfig
 from openmoe.plan.memory import state_memory
 from openmoe.plan.micro_batch import MicroBatchShape, trace_micro_batch
+from openmoe.plan.search import Planner, Request
 from openmoe.plan.step_time import collective_seconds
 from openmoe.train.step import MicroBatch, loss_sums, weighted
 from tests.distributed.comparison import page
@@ -34,6 +37,7 @@ CLUSTER = ClusterConfig(
     memory_bytes=10**9,
     reserved_bytes=0,
     flops_per_second={"fp32": 1e12},
+    peak_flops_per_second={"fp32": 2e12},
     memory_bytes_per_second=1e11,
     node_bytes_per_second=100.0,
     network_bytes_per_second=10.0,
@@ -47,7 +51,9 @@ def wide(rows_of: str = "tiny") -> Config:
     """A small model whose activations are far larger than its weights; dropless, so that what an expert gets
     does not depend on chance."""
     config = page(rows_of)
-    sizes = {"d_model": 128, "d_ff": 256, "n_heads": 4, "head_dim": 32, "vocab_size": 512, "dropless": True}
+    heads = {"tiny": 4, "tiny_released": 6}[rows_of]
+    widths = {"d_model": 32 * heads, "n_heads": heads, "head_dim": 32, "d_ff": 64 * heads}
+    sizes = widths | {"vocab_size": 512, "dropless": True}
     train = config.train.model_copy(update={"seq_len": 512, "precision": "fp32"})
     return config.model_copy(update={"model": config.model.model_copy(update=sizes), "train": train})
 
@@ -73,10 +79,13 @@ def run_passes(model: Decoder, config: Config, micro: MicroBatch) -> None:
     weighted(parts, config.train).backward()
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_flops_are_those_of_the_counter(recompute: Recompute) -> None:
+@pytest.mark.parametrize(
+    ("experiment", "recompute"),
+    [("tiny", "none"), ("tiny", "selective"), ("tiny", "full"), ("tiny_released", "none")],
+)
+def test_flops_are_those_of_the_counter(experiment: str, recompute: Recompute) -> None:
     """Catches an operation that the trace leaves out, and work that it sees twice."""
-    config = wide()
+    config = wide(experiment)
     found = trace_micro_batch(config.model, config.train, shape(config, 2, recompute))
     model = build_decoder(config.model, "fp32", CPU, 0)
     prepare_blocks(model, recompute, compile_modules=False)
@@ -84,13 +93,14 @@ def test_flops_are_those_of_the_counter(recompute: Recompute) -> None:
         run_passes(model, config, micro_batch(config, 2))
     model_config, seq_len = config.model, config.train.seq_len
     product = 2 * model_config.n_heads * seq_len**2 * model_config.head_dim * model_config.n_layers
+    product *= 2 if model_config.mask_padding else 1  # under a mask all columns, else the visible half
     again = 2 if recompute == "full" else 0  # selective keeps the result of attention
     scores = (7 + again) * product  # of which the counter knows nothing on a CPU
     assert found.flops - scores == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-MEASURE = """
-import resource, sys, torch
+MEASURE = r"""
+import re, sys, torch
 from tests.plan.test_plan import CPU, build_decoder, micro_batch, prepare_blocks, run_passes, wide
 torch.set_num_threads(1)
 config, rows = wide(sys.argv[1]), int(sys.argv[2])
@@ -98,11 +108,11 @@ model = build_decoder(config.model, "fp32", CPU, 0)
 prepare_blocks(model, sys.argv[3], compile_modules=False)
 run_passes(model, config, micro_batch(config, 2))  # what torch allocates once, and the gradients
 micro = micro_batch(config, rows)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-with open("/proc/self/statm") as statm:
-    now = int(statm.read().split()[1]) * resource.getpagesize()
+def kib(what):  # unlike getrusage it knows nothing of the process that started this one
+    return int(re.search(what + r":\s+(\d+) kB", open("/proc/self/status").read())[1])
+now = kib("VmRSS")
 run_passes(model, config, micro)
-print(peak() * 1024 - now)
+print(1024 * (kib("VmHWM") - now))
 """
 
 
@@ -154,6 +164,38 @@ def test_seconds_of_a_collective(kind: str, group: str, seconds: float) -> None:
     assert collective_seconds(part, topology, CLUSTER) == pytest.approx(seconds)
     slower = replace(part, size_bytes=1600)
     assert collective_seconds(slower, topology, CLUSTER) == pytest.approx(2 * seconds)
+
+
+def open_layouts(*overrides: str) -> list[tuple[Topology, Recompute]]:
+    config = load_page(PlanPage, "plan", ["experiment=tiny", "cluster=h200x8", *overrides])
+    request = Request(config.model, config.optim, config.train, config.parallel, 1.0)
+    return asked_for(Planner(request, config.cluster), config)
+
+
+def test_named_degrees_are_kept() -> None:
+    """Catches a plan for something else than was asked."""
+    found = open_layouts("parallel.tensor=2", "parallel.recompute=full")
+    assert {(topology.tensor, mode) for topology, mode in found} == {(2, "full")}
+    assert len({topology.expert for topology, _ in found}) > 1
+    pinned = open_layouts("cluster.devices_per_node=1", "parallel.shard=2", "parallel.tensor=4")
+    assert {topology for topology, _ in pinned} == {Topology(8, 1, 2, 4, 1)}
+
+
+def test_only_what_training_accepts_is_looked_at() -> None:
+    """Catches overrides that end a run at its start."""
+    assert {mode for _, mode in open_layouts("parallel.compile=true")} == {"none", "full"}
+    fixed = open_layouts("parallel.exchange=fixed")
+    assert {topology.tensor for topology, _ in fixed if topology.expert > 1} == {1}
+    assert {topology.expert for topology, _ in open_layouts("model.dispatch=einsum")} == {1}
+
+
+def test_expert_groups_that_cut_across_tensor_groups_are_traced() -> None:
+    """Catches a smallest world that holds one of the two groups only."""
+    config = wide()
+    model = config.model.model_copy(update={"num_experts": 6})
+    crossing = replace(shape(config, 2), tensor=2, expert=3, exchange="uneven")
+    found = trace_micro_batch(model, config.train, crossing)
+    assert found.by_part["experts"]
 
 
 def plan(*overrides: str) -> subprocess.CompletedProcess[str]:
