@@ -156,7 +156,7 @@ def _flops(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: A
 
 
 def _products(q: Tensor, products: int, masked: bool) -> int:
-    """Of `[rows, heads, seq_len, head_dim]` with the half of the columns that is visible, or under a mask with
+    """Of `[rows, heads, seq_len, head_dim]` with the half of the columns that is visible, under a mask with
     all of them."""
     return products * q.numel() * q.shape[2] * (2 if masked else 1)
 
