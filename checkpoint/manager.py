@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch.distributed as dist
@@ -82,13 +83,15 @@ class CheckpointManager:
         milestone: bool,
         model: dict[str, Any],
         metadata: dict[str, Any],
+        other_files: Mapping[str, bytes] = MappingProxyType({}),
         before_commit: Callable[[], None] = lambda: None,
     ) -> Path:
         """Writes the checkpoint of `step`, then deletes those that `keep` no longer covers.
 
         `tensors` under their logical names (see state.py), `model` the model's configuration, `metadata` any
-        JSON that the training loop wants back; the first process's counts. `before_commit` is called there
-        before the checkpoint gets its name. Waits for an earlier save that is not finished yet.
+        JSON that the training loop wants back, `other_files` files to lie beside the tensors; the first
+        process's count. `before_commit` is called there before the checkpoint gets its name. Waits for an
+        earlier save that is not finished yet.
 
         Raises CheckpointWriteError where the disk refuses, here or in `finish`; earlier checkpoints are whole
         then.
@@ -105,6 +108,7 @@ class CheckpointManager:
             milestone=milestone,
             model=model,
             metadata=copy.deepcopy(metadata),  # of what goes on to count
+            other_files=other_files,
             before_commit=before_commit,
             course=course,
         )

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch.distributed.checkpoint as dcp
@@ -47,6 +48,7 @@ def write_checkpoint(
     milestone: bool,
     model: dict[str, Any],
     metadata: dict[str, Any],
+    other_files: Mapping[str, bytes] = MappingProxyType({}),
     peers: Peers = ALL,
     take: Callable[[], Mapping[str, Tensor]] | None = None,
     before_commit: Callable[[], None] = lambda: None,
@@ -55,7 +57,8 @@ def write_checkpoint(
     """Writes `tensors` and the rest as the checkpoint `folder`, in place of one that is there already.
 
     A crash at any moment leaves the old state or the new one (`recover` puts away what else is left). Of
-    several processes the first one's `metadata` is written; each writes some of what several hold.
+    several processes the first one's `metadata` and `other_files` (by name) are written; each writes some of
+    what several hold.
 
     `take` gives what this process holds of each tensor where that is not to be taken from `tensors`
     themselves, which may change meanwhile. `before_commit` is called on the first process before the
@@ -74,6 +77,9 @@ def write_checkpoint(
         files = _write_tensors(building, tensors, parts, peers, course)
 
         def finish() -> None:
+            others = {
+                name: write_file(building / name, [content], course) for name, content in other_files.items()
+            }
             manifest = Manifest(
                 format="openmoe-checkpoint",
                 version=1,
@@ -82,7 +88,7 @@ def write_checkpoint(
                 milestone=milestone,
                 model=model,
                 metadata=metadata,
-                files=files,
+                files=files | others,
                 tensors={name: TensorEntry.of(tensor) for name, tensor in tensors.items()},
             )
             write_file(building / MANIFEST_NAME, [manifest.text().encode()], course)

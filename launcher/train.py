@@ -20,6 +20,8 @@ from openmoe.data.loader import Loader
 from openmoe.data.packing import empty_batch
 from openmoe.data.plan import Repetition
 from openmoe.data.prepare import PreparedData, prepare
+from openmoe.data.shards import TOKENIZER
+from openmoe.data.tokenizer import Tokenizer
 from openmoe.launcher.entry import run_joined
 from openmoe.launcher.errors import ConfigError
 from openmoe.launcher.outputs import Outputs, hold_folder, open_outputs
@@ -126,7 +128,7 @@ def train(config: Config, processes: Processes = ALONE) -> None:
             loader=loader,
             held_back=held_back,
             total_steps=total_steps,
-            save=partial(_save, checkpoints, config, outputs),
+            save=partial(_save, checkpoints, config, data.tokenizer, outputs),
             save_has_failed=lambda: checkpoints.has_failed,
             finish_save=checkpoints.finish,
             save_due=checkpoints.is_due,
@@ -256,7 +258,9 @@ def model_identity(config: Config) -> dict[str, Any]:
     return config.model.model_dump(exclude={"dispatch"})
 
 
-def _save(checkpoints: CheckpointManager, config: Config, outputs: Outputs | None, run: Run) -> None:
+def _save(
+    checkpoints: CheckpointManager, config: Config, tokenizer: Tokenizer, outputs: Outputs | None, run: Run
+) -> None:
     checkpoints.save(
         training_tensors(run.model, run.optimizer, run.ranks),
         step=run.step,
@@ -270,6 +274,8 @@ def _save(checkpoints: CheckpointManager, config: Config, outputs: Outputs | Non
             "wandb_run_id": outputs.wandb.run_id if outputs else None,
             "config": config.model_dump(),
         },
+        # What reads the model later needs none of its data.
+        other_files={TOKENIZER: tokenizer.model},
         # The checkpoint's own line must be there after a crash.
         before_commit=outputs.jsonl.sync if outputs else lambda: None,
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from openmoe.checkpoint.names import tensor_names
 from openmoe.checkpoint.origin import model_config_of, tokenizer_of
 from openmoe.checkpoint.stored_tensors import CheckpointTensors
 from openmoe.data.prepare import prepare
+from openmoe.data.tokenizer import load_tokenizer
 from openmoe.launcher import export, import_weights, train
-from openmoe.launcher.entry import read_config
+from openmoe.launcher.entry import load_config, read_config
 
 from .conftest import Small, lines
 from .test_processes import free_port
@@ -133,6 +135,20 @@ def test_out_in_and_on(small: Small, tmp_path: Path, command: Command, refused: 
     line = refused(export, f"checkpoint={first}", f"to={tmp_path / 'y'}", "tokenizer=nowhere")
     assert "tokenizer=nowhere: " in line
     assert not (tmp_path / "y").exists()
+
+
+def test_a_checkpoint_needs_no_data(small: Small, tmp_path: Path, command: Command) -> None:
+    """Bug: a model that nobody can use any more, or only with another tokenizer, when its text is gone."""
+    config = load_config(small(tmp_path / "first", *RELEASED, "train.steps=1"))
+    assert config.data.root is not None
+    shutil.copytree(config.data.root, tmp_path / "text")
+    own = [f"data.root={tmp_path / 'text'}", f"data.cache_dir={tmp_path / 'cache'}"]
+    command(train, *small(tmp_path / "first", *RELEASED, "train.steps=1", *own))
+    data = prepare(config.data, config.model.vocab_size, ["alpha", "beta"])
+    for name in ("text", "cache"):
+        shutil.rmtree(tmp_path / name)
+    command(export, f"checkpoint={tmp_path / 'first'}", f"to={tmp_path / 'given'}")
+    assert load_tokenizer(str(tmp_path / "given/spiece.model")).model == data.tokenizer.model
 
 
 def test_capacity_may_change_at_the_start(small: Small, tmp_path: Path, command: Command) -> None:
