@@ -124,17 +124,20 @@ def one_variant_each() -> list[tuple[Topology, Variant]]:
 
 @cache
 def several_variants_each() -> list[tuple[Topology, Variant]]:
-    """Each layout with each model: at default options, and with variants in which any two options meet. Round
-    by round, default options first, so that a part of the list says something about all layouts."""
+    """Each layout with each model: at default options, and with variants in which any two options meet.
+
+    Default options first, then variants in which any two meet in some layout, then the rest round by round: a
+    part of the list says something about all layouts."""
+    defaults = [(topology, Variant(model)) for topology, model in product(LAYOUTS, MODELS)]
     rounds: dict[int, list[tuple[Topology, Variant]]] = {}
     for topology, model in product(LAYOUTS, MODELS):
         possible = [variant for variant in VARIANTS if variant.model == model]
         wanted = set().union(*(pairs(topology, variant) for variant in possible))
         met = pairs(topology, Variant(model))
-        rounds.setdefault(0, []).append((topology, Variant(model)))
         number = 0
         while met < wanted:
             number += 1
             variant = most_new(topology, possible, chances((topology,)), met)
             rounds.setdefault(number, []).append((topology, variant))
-    return [case for number in sorted(rounds) for case in rounds[number]]
+    rest = [case for number in sorted(rounds) for case in rounds[number]]
+    return list(dict.fromkeys([*defaults, *one_variant_each(), *rest]))
