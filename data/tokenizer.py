@@ -183,6 +183,14 @@ class Tokenizer:
         """
         return self._decoder.decode([int(i) for i in ids if i < self.size])
 
+    def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """Text of `ids` where they go on from `before`.
+
+        A model that puts a space before each text takes one away again at the beginning of what it decodes:
+        `ids` alone would lose a space between two words.
+        """
+        return self.decode([*before, *ids])[len(self.decode(before)) :]
+
 
 def parse_model(model: bytes, origin: str) -> Any:
     """The serialised sentencepiece model as its protocol buffer. Raises DataError where it is none."""

@@ -97,12 +97,12 @@ def _print_stream(page: GeneratePage, model: Decoder, tokenizer: Tokenizer, prom
         if not tokens:
             first = time.perf_counter()
         tokens.append(new.token)
-        text = tokenizer.decode(tokens)
+        text = tokenizer.decode_after(prompt.tokens, tokens)
         # The bytes of a character may come in several tokens, and it is a substitute until then.
         if not text.endswith("\N{REPLACEMENT CHARACTER}") and text.startswith(shown):
             print(_harmless(text[len(shown) :]), end="", flush=True)
             shown = text
-    print(_harmless(tokenizer.decode(tokens)[len(shown) :]), flush=True)
+    print(_harmless(tokenizer.decode_after(prompt.tokens, tokens)[len(shown) :]), flush=True)
     end = "the end token" if tokens[-1] == EOS else "max_new_tokens"
     line = f"{len(tokens)} tokens to {end}; {1 + len(prompt.tokens)} read in {first - begin:.2f} s"
     if len(tokens) > 1:
@@ -122,7 +122,7 @@ def _write_lines(
         for i, new in enumerate(generate(model, [prompt.tokens for prompt in some], *asked)):
             result = {
                 "prompt": some[i].text,
-                "text": tokenizer.decode(new.tokens),
+                "text": tokenizer.decode_after(some[i].tokens, new.tokens),
                 "tokens": new.tokens,
                 "logprobs": new.logprobs,
                 "ended": new.ended,

@@ -125,8 +125,9 @@ def print_samples(config: Config, data: PreparedData, run_dir: Path) -> None:
     model = load_model(config, newest)
     prompts = [data.tokenizer.encode(prompt) for prompt in PROMPTS.values()]
     continued = generate(model, prompts, SAMPLE_TOKENS, SAMPLING, config.run.seed)
-    for (kind, prompt), new in zip(PROMPTS.items(), continued, strict=True):
-        print(f"\n--- {kind}, continued at |\n{prompt}|{data.tokenizer.decode(new.tokens)}")
+    for (kind, prompt), tokens, new in zip(PROMPTS.items(), prompts, continued, strict=True):
+        text = data.tokenizer.decode_after(tokens, new.tokens)
+        print(f"\n--- {kind}, continued at |\n{prompt}|{text}")
     print()
 
 

@@ -15,12 +15,12 @@ from openmoe.checkpoint.state import model_tensors
 from openmoe.checkpoint.storage import write_checkpoint
 from openmoe.data.config import TokenizerConfig
 from openmoe.data.prepare import open_tokenizer
-from openmoe.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from openmoe.data.tokenizer import Tokenizer, TrainingStyle, load_tokenizer, train_tokenizer
 from openmoe.launcher import generate as command
 from openmoe.launcher.entry import load_config
 from openmoe.launcher.train import model_identity
 from openmoe.model.decoder import Decoder
-from openmoe.model.generation import NewToken, generate
+from openmoe.model.generation import Generated, NewToken, generate
 from openmoe.model.sampling import SamplingConfig
 from openmoe.parallel.build import build_decoder
 from tests.model.test_kv_cache import check
@@ -169,6 +169,28 @@ def test_characters_of_several_tokens(
         steps = [NewToken(0, token, 0.0) for token in made]
         monkeypatch.setattr(command, "stream", lambda *_, steps=steps: iter(steps))
         assert run("prompt=k")[0] == "k" + tokenizer.decode(made) + "\n"
+
+
+def test_the_space_between_prompt_and_text(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Catches "the cat" printed as "thecat" with a tokenizer that puts a space before each text, as
+    umT5's and LLaMA's do, and a space put where a word goes on."""
+    style = TrainingStyle(dummy_prefix=True, squeeze_spaces=True)
+    tokenizer = train_tokenizer([WORDS], TokenizerConfig(vocab_size=520), style)
+    (tmp_path / "t.model").write_bytes(tokenizer.model)
+    first, second = WORDS.split()[:2]
+    for prompt, goes_on in ((first, f" {second} {first}"), ("", first), (f"{first}</s>", f" {second}")):
+        tokens = tokenizer.encode(goes_on)
+        end = tokenizer.encode(prompt.removesuffix("</s>"))
+        assert tokenizer.decode_after(end, tokens) == goes_on
+        steps = [NewToken(0, token, 0.0) for token in tokens]
+        made = Generated(tokens, [0.0] * len(tokens), ended=False)
+        monkeypatch.setattr(command, "stream", lambda *_, steps=steps: iter(steps))
+        monkeypatch.setattr(command, "generate", lambda *_, made=made: iter([made]))
+        asked = (f"prompt={prompt}", f"tokenizer={tmp_path}/t.model", "special_tokens=true")
+        assert run(*asked)[0] == f"{prompt}{goes_on}\n"
+        output = tmp_path / f"{len(prompt)}.jsonl"
+        run(*asked, f"output={output}")
+        assert json.loads(output.read_text())["text"] == goes_on
 
 
 def test_no_text_commands_the_terminal() -> None:
