@@ -34,7 +34,7 @@ def test_two_runs_of_one_config_write_the_same_bytes(
         {f"{path.parent.name}/{path.name}": path.read_bytes() for path in (tmp_path / name).rglob("step_*/*")}
         for name in ("first", "second")
     )
-    assert len(first) == 4
+    assert len(first) == 6
     assert first == second
 
 
