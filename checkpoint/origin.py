@@ -83,6 +83,18 @@ def tokenizer_sha256(manifest: Manifest) -> str | None:
     return stated
 
 
+def require_tokenizer(folder: Path, manifest: Manifest, sha256: str) -> None:
+    """Raises CheckpointError where the checkpoint's model was trained with another tokenizer than the one of
+    `sha256`: its embedding would mean other tokens. One that does not say is taken."""
+    stated = tokenizer_sha256(manifest)
+    if stated not in (None, sha256):
+        own = folder / TOKENIZER if TOKENIZER in manifest.files else "the file"
+        raise CheckpointError(
+            f"{folder}: its model's tokenizer has SHA-256 {stated}, the one of the data has {sha256}; give "
+            f"{own} as data.tokenizer.path"
+        )
+
+
 def _validated(folder: Path, section: type[Section], values: dict[str, Any]) -> Section:
     try:
         return section.model_validate(values)

@@ -11,6 +11,8 @@ from typing import Any, cast
 import torch
 
 from openmoe.checkpoint.manager import CheckpointManager, load_checkpoint
+from openmoe.checkpoint.manifest import read_manifest
+from openmoe.checkpoint.origin import require_tokenizer
 from openmoe.checkpoint.state import model_tensors, restore_counters, training_tensors
 from openmoe.checkpoint.weights import load_weights
 from openmoe.data.batch_memory import AllocateBytes, ordinary_memory
@@ -59,6 +61,10 @@ def train(config: Config, processes: Processes = ALONE) -> None:
     data = processes.first_of_node(
         lambda: prepare(config.data, config.model.vocab_size, source_names(config))
     )
+    if weights_from is not None:
+        processes.agree(
+            lambda: require_tokenizer(weights_from, read_manifest(weights_from), data.tokenizer.sha256)
+        )
     same = {"the checkpoint to go on from": str(resume_from), "checkpoint.initialise_from": str(weights_from)}
     processes.require_same(same | data.fingerprint)
     rows = topology.rows_of(processes.rank, config.train.global_batch_rows)

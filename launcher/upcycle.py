@@ -11,14 +11,15 @@ import torch
 from pydantic import BaseModel, Field
 
 from openmoe.checkpoint.load_model import load_model
-from openmoe.checkpoint.origin import checkpoint_at, model_config_of
+from openmoe.checkpoint.origin import checkpoint_at, model_config_of, require_tokenizer
 from openmoe.checkpoint.storage import verify_checkpoint
 from openmoe.checkpoint.stored_tensors import CheckpointTensors
 from openmoe.checkpoint.tensor_files import TensorParts
 from openmoe.checkpoint.upcycling import Recipe, require_fitting, upcycled
 from openmoe.checkpoint.weights import write_weights
 from openmoe.data.config import PathText
-from openmoe.data.prepare import prepare
+from openmoe.data.prepare import PreparedData, prepare
+from openmoe.data.shards import TOKENIZER
 from openmoe.launcher.entry import run_command
 from openmoe.launcher.errors import ConfigError
 from openmoe.launcher.schema import Config
@@ -27,7 +28,7 @@ from openmoe.model.config import ModelConfig
 from openmoe.model.decoder import Decoder
 from openmoe.optim.build import build_optimizer
 from openmoe.train.difference import Difference, difference
-from openmoe.train.step import micro_batches
+from openmoe.train.step import MicroBatch, micro_batches
 
 RECEIPT = "receipt.json"
 
@@ -63,6 +64,14 @@ def upcycle(page: UpcyclePage) -> None:
     target = Path(asked.to) / f"step_{manifest.step}"
     if (Path(asked.to) / RECEIPT).exists():
         raise ConfigError(f"upcycle.to={asked.to}: holds an upcycled model already; choose another")
+    other_files, batches = {}, {}
+    if asked.receipt_rows:  # before anything is written: text that can't be read must leave nothing behind
+        data = prepare(page.data, page.model.vocab_size, source_names(page))
+        require_tokenizer(source, manifest, data.tokenizer.sha256)
+        other_files[TOKENIZER] = data.tokenizer.model
+        batches = held_back(page, data)
+    elif TOKENIZER in manifest.files:
+        other_files[TOKENIZER] = (source / TOKENIZER).read_bytes()
     recipe = Recipe(asked.method, asked.noise, asked.fraction, asked.expert_share, page.run.seed)
     stored = CheckpointTensors(source, manifest)
     parameters = _parameters(page.model)
@@ -83,7 +92,7 @@ def upcycle(page: UpcyclePage) -> None:
         tokens_seen=manifest.tokens_seen,
         model=model_identity(page),
         metadata=metadata,
-        other_files={},
+        other_files=other_files,
     )
     receipt: dict[str, Any] = {
         "from": str(source),
@@ -92,31 +101,37 @@ def upcycle(page: UpcyclePage) -> None:
         "moe_layers": page.model.moe_layers,
         "data": asked.data,
         "parameters": {"dense": _count(_parameters(dense)), "moe": _count(parameters)},
-        "sources": {},
+        "sources": {name: asdict(found) for name, found in measure(batches, source, target).items()},
     }
-    if asked.receipt_rows:
-        receipt["sources"] = {name: asdict(found) for name, found in measure(page, source, target).items()}
     (Path(asked.to) / RECEIPT).write_text(json.dumps(receipt, indent=1, sort_keys=True) + "\n")
     print(receipt_text(receipt))
     key = "resume" if asked.data == "kept" else "initialise_from"
     print(f"{target}: go on with checkpoint.{key}={target}")
 
 
-def measure(page: UpcyclePage, before: Path, after: Path) -> dict[str, Difference]:
-    """The difference of the two checkpoints' models on held-back text, as causal LM, by source."""
-    names = source_names(page)
-    loader = build_loader(page, prepare(page.data, page.model.vocab_size, names))
-    device = torch.device("cpu")
-    models = [load_model(folder, torch.float32, device)[0] for folder in (before, after)]
-    found = {}
-    for name in names:
-        arrays = loader.validation_rows("causal_lm", name, page.upcycle.receipt_rows)
-        size = page.train.micro_batch_rows
-        size = size if page.upcycle.receipt_rows % size == 0 else -1
-        batches = micro_batches(arrays, size, device, longest_segment(page))
-        found[name] = difference(models[0], models[1], batches)
+def held_back(page: UpcyclePage, data: PreparedData) -> dict[str, list[MicroBatch]]:
+    """Held-back text of each source as causal LM."""
+    loader = build_loader(page, data)
+    rows = page.upcycle.receipt_rows
+    size = page.train.micro_batch_rows
+    size = size if rows % size == 0 else -1
+    found = {
+        name: micro_batches(
+            loader.validation_rows("causal_lm", name, rows), size, torch.device("cpu"), longest_segment(page)
+        )
+        for name in source_names(page)
+    }
     loader.close()
     return found
+
+
+def measure(batches: dict[str, list[MicroBatch]], before: Path, after: Path) -> dict[str, Difference]:
+    """The difference of the two checkpoints' models on each source's rows."""
+    if not batches:
+        return {}
+    device = torch.device("cpu")
+    models = [load_model(folder, torch.float32, device)[0] for folder in (before, after)]
+    return {name: difference(models[0], models[1], rows) for name, rows in batches.items()}
 
 
 def receipt_text(receipt: dict[str, Any]) -> str:

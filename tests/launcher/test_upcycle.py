@@ -1,6 +1,7 @@
 """From a dense run to one with experts, by the command."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -87,3 +88,30 @@ def test_from_dense_to_experts(
         assert line.startswith("error: "), line
         assert fragment in line
     assert not (tmp_path / "x").exists()
+
+
+def test_another_text(
+    small: Small, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug: a receipt that fails leaves a checkpoint behind, and the next try is told that it is there; tokens
+    of another tokenizer read with the dense model's embedding; an upcycled model without its tokenizer."""
+    command(train, *small(tmp_path / "dense", "model.moe_every=0", "train.steps=1"))
+    page = [
+        *small(tmp_path / "moe"),
+        f"upcycle.checkpoint={tmp_path / 'dense'}",
+        f"upcycle.to={tmp_path / 'up'}",
+    ]
+    for arguments, fragment in (
+        (["upcycle.receipt_rows=2", "data.root=/nowhere"], "data.root=/nowhere"),
+        (["upcycle.receipt_rows=2", "data.tokenizer.vocab_size=540"], "its model's tokenizer has SHA-256"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            command(upcycle, *page, *arguments)
+        assert ended.value.code == 2
+        assert fragment in capsys.readouterr().err.splitlines()[-1]
+        assert not (tmp_path / "up").exists()
+    own = (tmp_path / "dense/checkpoints/step_1/tokenizer.model").read_bytes()
+    for rows in (0, 2):
+        command(upcycle, *page, f"upcycle.receipt_rows={rows}")
+        assert (tmp_path / "up/step_1/tokenizer.model").read_bytes() == own
+        shutil.rmtree(tmp_path / "up")

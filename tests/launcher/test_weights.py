@@ -151,6 +151,26 @@ def test_a_checkpoint_needs_no_data(small: Small, tmp_path: Path, command: Comma
     assert load_tokenizer(str(tmp_path / "given/spiece.model")).model == data.tokenizer.model
 
 
+def test_another_tokenizer_at_the_start(
+    small: Small, tmp_path: Path, command: Command, refused: Command
+) -> None:
+    """Bug: weights taken without a word for text in which each id means another piece."""
+    command(train, *small(tmp_path / "first", "train.steps=1"))
+    stored = tmp_path / "first/checkpoints/step_1"
+    start = [*small(tmp_path / "second", "train.steps=1"), f"checkpoint.initialise_from={stored}"]
+    line = refused(train, *start, "data.tokenizer.vocab_size=540")
+    assert f"give {stored}/tokenizer.model as data.tokenizer.path" in line
+    assert not (tmp_path / "second").exists()
+    # As earlier versions wrote it: without the file, with its digest.
+    manifest = read_manifest(stored)
+    (stored / "tokenizer.model").unlink()
+    files = {name: entry for name, entry in manifest.files.items() if name != "tokenizer.model"}
+    (stored / "manifest.json").write_text(manifest.model_copy(update={"files": files}).text())
+    assert "give the file as data.tokenizer.path" in refused(train, *start, "data.tokenizer.vocab_size=540")
+    assert not (tmp_path / "second").exists()
+    command(train, *start)
+
+
 def test_capacity_may_change_at_the_start(small: Small, tmp_path: Path, command: Command) -> None:
     """Bug: weights that can't be taken because of a routing choice that they do not depend on."""
     command(train, *small(tmp_path / "first", "train.steps=1"))
