@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -142,16 +143,17 @@ def write_file(path: Path, buffers: Iterable[bytes | memoryview]) -> FileEntry:
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder that has its name only once all of it is written and synced; what fails leaves nothing.
 
-    Raises CheckpointError where `target` exists, CheckpointWriteError where the disk refuses.
+    It is built under a name of its own, so that two writers of one target do not meet: the second to end is
+    told that it exists. Raises CheckpointError where `target` exists, CheckpointWriteError where the disk
+    refuses.
     """
-    if target.exists():
-        raise CheckpointError(f"{target}: exists already; choose another")
-    partial = target.with_name(target.name + ".partial")
+    _require_new(target)
+    partial = target.with_name(f"{target.name}.{secrets.token_hex(8)}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
         _sync_folder(partial)
+        _require_new(target)
         partial.rename(target)
         _sync_folder(target.parent)
     except OSError as error:
@@ -161,6 +163,11 @@ def new_folder(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _require_new(target: Path) -> None:
+    if target.exists():
+        raise CheckpointError(f"{target}: exists already; choose another")
 
 
 def cut_into_files(tensors: Sequence[TensorParts], limit_bytes: int) -> list[list[TensorParts]]:

@@ -21,6 +21,7 @@ from openmoe.checkpoint.released_config import LossWeights, Provenance, require_
 from openmoe.checkpoint.state import model_tensors
 from openmoe.checkpoint.storage import verify_checkpoint, write_checkpoint
 from openmoe.checkpoint.stored_tensors import CheckpointTensors
+from openmoe.checkpoint.tensor_files import new_folder
 from openmoe.checkpoint.weights import load_weights, write_weights
 from openmoe.data.config import TokenizerConfig
 from openmoe.data.tokenizer import Tokenizer, parse_model, train_tokenizer
@@ -470,6 +471,26 @@ def test_nothing_is_replaced(saved: Path, given: Path) -> None:
     with pytest.raises(CheckpointError, match="exists already"):
         take(given, saved)
     assert content(given) == before
+
+
+def test_two_writers_of_one_folder(tmp_path: Path) -> None:
+    """Bug: one writer removes or takes over what the other one has half written, or a folder of somebody else
+    that happens to have such a name."""
+    target = tmp_path / "model"
+    (tmp_path / "model.partial").mkdir()
+
+    def write() -> None:
+        with new_folder(target) as slow:
+            (slow / "a").write_bytes(b"slow")
+            with new_folder(target) as fast:
+                assert not list(fast.iterdir())
+                (fast / "a").write_bytes(b"fast")
+            (slow / "b").write_bytes(b"slow")
+
+    with pytest.raises(CheckpointError, match="model: exists already"):
+        write()
+    assert content(target) == {"a": b"fast"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "model.partial"}
 
 
 def test_float64_stays(tmp_path: Path) -> None:
