@@ -171,6 +171,24 @@ def test_another_tokenizer_at_the_start(
     command(train, *start)
 
 
+def test_the_commands_of_the_page(
+    small: Small, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: the first thing that a reader of docs/hugging_face.md types fails."""
+    page = Path(__file__).resolve().parents[2] / "docs/hugging_face.md"
+    commands = page.read_text().split("```")[1].strip().splitlines()
+    assert len(commands) == 4
+    monkeypatch.chdir(tmp_path)
+    modules = {"train": train, "export": export, "import_weights": import_weights}
+    for line in commands:
+        words = line.partition("#")[0].split()
+        module = modules[words[2].removeprefix("openmoe.launcher.")]
+        sizes = [word for word in small(tmp_path) if not word.startswith(("experiment=", "run.dir="))]
+        more = [*words[3:], *sizes, "train.steps=1"] if module is train else words[3:]
+        command(module, *more)
+    assert (tmp_path / "runs/on/checkpoints/step_1").is_dir()
+
+
 def test_capacity_may_change_at_the_start(small: Small, tmp_path: Path, command: Command) -> None:
     """Bug: weights that can't be taken because of a routing choice that they do not depend on."""
     command(train, *small(tmp_path / "first", "train.steps=1"))
