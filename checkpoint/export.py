@@ -21,7 +21,7 @@ from openmoe.checkpoint.released_config import (
 )
 from openmoe.checkpoint.stored_tensors import CheckpointTensors
 from openmoe.checkpoint.tensor_files import TensorParts, cut_into_files, file_bytes, new_folder, write_file
-from openmoe.data.tokenizer import SENTINELS, Tokenizer, parse_model
+from openmoe.data.tokenizer import EOS, PAD, SENTINELS, Tokenizer, parse_model
 from openmoe.model.config import ModelConfig
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -54,8 +54,9 @@ def export_released(
         dtype_name = str(tensors[0].dtype).removeprefix("torch.")
         write_file(partial / CONFIG_NAME, [to_json(provenance, dtype_name).encode()])
         if tokenizer is not None:
-            write_file(partial / TOKENIZER_NAME, [without_sentinels(tokenizer)])
-            write_file(partial / TOKENIZER_CONFIG_NAME, [_tokenizer_config().encode()])
+            exported = without_sentinels(tokenizer)
+            write_file(partial / TOKENIZER_NAME, [exported])
+            write_file(partial / TOKENIZER_CONFIG_NAME, [_tokenizer_config(exported).encode()])
     return sorted(target.iterdir())
 
 
@@ -91,16 +92,19 @@ def _write_shards(folder: Path, files: Sequence[Sequence[TensorParts]]) -> None:
     write_file(folder / INDEX_NAME, [(json.dumps(index, indent=2, sort_keys=True) + "\n").encode()])
 
 
-def _tokenizer_config() -> str:
+def _tokenizer_config(model: bytes) -> str:
+    """The special tokens by the names of their pieces: another name would become a new id."""
+    pieces = parse_model(model, "tokenizer").pieces
+    pad, eos = pieces[PAD].piece, pieces[EOS].piece
     values = {
-        "bos_token": "<pad>",
+        "bos_token": pad,
         "clean_up_tokenization_spaces": False,
-        "eos_token": "</s>",
+        "eos_token": eos,
         "extra_ids": SENTINELS,
         "legacy": True,
-        "pad_token": "<pad>",
+        "pad_token": pad,
         "padding_side": "left",
         "tokenizer_class": "T5Tokenizer",
-        "unk_token": "<unk>",
+        "unk_token": next(piece.piece for piece in pieces if piece.type == piece.UNKNOWN),
     }
     return json.dumps(values, indent=2, sort_keys=True) + "\n"

@@ -5,6 +5,7 @@ of t5x, which keeps every matrix the other way round, one tensor.
 """
 
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,13 @@ from openmoe.checkpoint.names import TensorName, openmoe_pt_name, tensor_names
 from openmoe.checkpoint.released_config import CONFIG_NAME, Provenance, read_json
 from openmoe.checkpoint.tensor_files import DTYPES, StoredTensor, TensorParts, read_header, row_ranges
 from openmoe.data.shards import TOKENIZER
-from openmoe.data.tokenizer import load_tokenizer
+from openmoe.data.tokenizer import Tokenizer, read_model
 from openmoe.model.config import ModelConfig
 
 SINGLE_NAME = "model.safetensors"
+# What zipfile, zlib and numpy raise at a file that is not as they wrote it; RuntimeError: it is encrypted, or
+# compressed in a way that they don't know.
+_DAMAGE = (ValueError, BadZipFile, zlib.error, EOFError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,12 @@ def open_released(folder: Path) -> Foreign:
             f"{found[foreign].path}: tensor {foreign}: config.json's model has none of that name"
         )
     files = {}
-    if (folder / TOKENIZER_NAME).exists():
-        tokenizer = load_tokenizer(str(folder / TOKENIZER_NAME), "from")
+    path = folder / TOKENIZER_NAME
+    if path.exists():
+        tokenizer = Tokenizer(read_model(str(path), "weights"), str(path))
         if tokenizer.size > provenance.model.vocab_size:
             raise CheckpointError(
-                f"{folder / TOKENIZER_NAME}: {tokenizer.size} ids with its sentinels, and the model's "
+                f"{path}: {tokenizer.size} ids with its sentinels, and the model's "
                 f"vocabulary has {provenance.model.vocab_size} rows"
             )
         files[TOKENIZER] = tokenizer.model
@@ -136,6 +141,7 @@ def _from_openmoe_pt(name: TensorName) -> _Reading:
 
 def _from_t5x(path: Path, name: TensorName, read: Callable[[], Tensor]) -> TensorParts:
     first = read()
+    _require_floats(path, name.t5x, first.dtype)
     if tuple(first.shape) != name.shape_in("t5x"):
         raise CheckpointError(
             f"{path}: tensor {name.t5x}: shape {list(first.shape)}, the model's is "
@@ -193,15 +199,19 @@ def _require(folder: Path, found: Mapping[str, StoredTensor], name: str, shape: 
         raise CheckpointError(
             f"{stored.path}: tensor {name}: shape {list(stored.shape)}, config.json's is {list(shape)}"
         )
-    if stored.dtype not in DTYPES.values():
-        raise CheckpointError(f"{stored.path}: tensor {name}: {stored.dtype}: allowed {', '.join(DTYPES)}")
+    _require_floats(stored.path, name, stored.dtype)
+
+
+def _require_floats(path: Path, name: str, dtype: torch.dtype) -> None:
+    if dtype not in DTYPES.values():
+        raise CheckpointError(f"{path}: tensor {name}: {dtype}: allowed {', '.join(DTYPES)}")
 
 
 def _arrays(path: Path) -> dict[str, Callable[[], Tensor]]:
     """A reader for each tensor of a flat file."""
     if path.suffix == ".safetensors":
         return {
-            name: (lambda stored=stored: stored.rows(0, stored.shape[0]))  # type: ignore[misc]
+            name: (lambda stored=stored: stored.whole())  # type: ignore[misc]
             for name, stored in read_header(path)[1].items()
         }
     try:
@@ -209,13 +219,13 @@ def _arrays(path: Path) -> dict[str, Callable[[], Tensor]]:
         names = list(archive.files)
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from None
-    except (ValueError, BadZipFile, AttributeError):
+    except (*_DAMAGE, AttributeError):
         raise CheckpointError(f"{path}: damaged: allowed a .npz or a .safetensors file") from None
 
     def read(name: str) -> Tensor:
         try:
             return torch.from_numpy(np.ascontiguousarray(archive[name]))
-        except (ValueError, BadZipFile, TypeError) as error:
+        except (*_DAMAGE, OSError, TypeError) as error:
             raise CheckpointError(f"{path}: tensor {name}: damaged: {error}") from None
 
     return {name: (lambda name=name: read(name)) for name in names}  # type: ignore[misc]

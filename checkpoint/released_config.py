@@ -108,7 +108,22 @@ _SHAPE = {
     "head_dim": "head_dim",
     "d_ff": "intermediate_size",
 }
-_ONLY = {"hidden_act": "swiglu", "tie_word_embeddings": False, "attention_bias": False, "rope_scaling": None}
+# What both the port and we take as given.
+_ONLY = {
+    "hidden_act": "swiglu",
+    "mlp_gated": True,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "router_noisy_policy": None,
+}
+# How many tokens an expert takes; "router_drop_tks": false takes them all.
+_CAPACITY = {
+    "capacity_factor_train": "router_capacity_factor_train",
+    "capacity_factor_eval": "router_capacity_factor_eval",
+    "min_capacity": "router_min_capacity",
+}
 
 
 def read_json(path: Path) -> Provenance:
@@ -158,9 +173,15 @@ def _as_released(path: Path, values: dict[str, Any], stated: dict[str, Any]) -> 
     top_k = values.get("router_topk", values.get("topk", 2))
     if stated["moe_every"] and top_k != 2:
         raise CheckpointError(f"{path}: router_topk={_text(top_k)}: allowed 2")
+    drops = values.get("router_drop_tks", True)
+    if type(drops) is not bool:
+        raise CheckpointError(f"{path}: router_drop_tks={_text(drops)}: allowed true or false")
+    capacity = {ours: values[theirs] for ours, theirs in _CAPACITY.items() if theirs in values}
     try:
         model = ModelConfig(
             **stated,
+            **capacity,
+            dropless=not drops,
             ffn="swiglu4",
             residual="sequential",
             mask_padding=True,
@@ -170,7 +191,10 @@ def _as_released(path: Path, values: dict[str, Any], stated: dict[str, Any]) -> 
             norm_eps=values.get("rms_norm_eps", values.get("layer_norm_epsilon", 1e-6)),
         )
     except ValidationError as error:
-        raise CheckpointError(f"{path}: {error.errors()[0]['msg']}") from None
+        fault = error.errors()[0]
+        ours = str(fault["loc"][0]) if fault["loc"] else ""
+        key = f"{_CAPACITY.get(ours, _SHAPE.get(ours, ours))}: " if ours else ""
+        raise CheckpointError(f"{path}: {key}{fault['msg']}") from None
     return Provenance(model=model, loss=LossWeights(), step=0, tokens_seen=0)
 
 

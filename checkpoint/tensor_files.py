@@ -69,6 +69,9 @@ class StoredTensor:
             return torch.empty(stop - first, *self.shape[1:], dtype=self.dtype)
         return torch.frombuffer(buffer, dtype=self.dtype).view(stop - first, *self.shape[1:])
 
+    def whole(self) -> Tensor:
+        return self.rows(0, self.shape[0] if self.shape else 1).view(self.shape)
+
 
 def row_ranges(shape: Sequence[int], itemsize: int) -> Iterator[tuple[int, int]]:
     """The first axis in stretches of about PART_BYTES."""

@@ -17,7 +17,7 @@ from openmoe.checkpoint.export import export_released
 from openmoe.checkpoint.importing import open_released, open_t5x
 from openmoe.checkpoint.manifest import read_manifest
 from openmoe.checkpoint.names import openmoe_pt_name, tensor_names
-from openmoe.checkpoint.released_config import LossWeights, Provenance, require_expressible
+from openmoe.checkpoint.released_config import LossWeights, Provenance, read_json, require_expressible
 from openmoe.checkpoint.state import model_tensors
 from openmoe.checkpoint.storage import verify_checkpoint, write_checkpoint
 from openmoe.checkpoint.stored_tensors import CheckpointTensors
@@ -400,7 +400,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a tokenizer that is none": (
         lambda d: (d / "spiece.model").write_bytes(b"\xff"),
-        r"spiece\.model is not a sentencepiece model",
+        r"^/.*source/spiece\.model is not a sentencepiece model",
     ),
 }
 
@@ -512,5 +512,87 @@ def test_the_released_config_without_our_key(given: Path, tmp_path: Path) -> Non
     found = importing.open_released(source).provenance
     assert found.loss.z_loss_weight == 1e-4
     assert found.model.group_rows == 2
-    changes = {"capacity_factor_eval": 2.0, "router_init_std": 0.02, "init_scale": 0.1}
+    changes = {"router_init_std": 0.02, "init_scale": 0.1}
     assert found.model == CONFIG.model_copy(update=changes)
+
+
+FOREIGN: list[tuple[dict[str, object], dict[str, object] | str]] = [
+    ({"router_capacity_factor_eval": 3}, {"capacity_factor_eval": 3.0}),
+    (
+        {"router_capacity_factor_train": 1.5, "router_min_capacity": 8},
+        {"capacity_factor_train": 1.5, "min_capacity": 8},
+    ),
+    ({"router_drop_tks": False}, {"dropless": True}),
+    ({"router_drop_tks": 0}, "router_drop_tks=0: allowed true or false"),
+    ({"router_capacity_factor_eval": -1}, "router_capacity_factor_eval: Input should be greater than 0"),
+    ({"rope_theta": 1e6}, "rope_theta=1000000.0: allowed 10000.0"),
+    ({"rope_theta": 10_000}, {}),
+    ({"router_noisy_policy": "Jitter"}, "router_noisy_policy=Jitter: allowed null"),
+    ({"mlp_gated": False}, "mlp_gated=false: allowed true"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(FOREIGN)))
+def test_a_foreign_config_is_read_or_refused(given: Path, tmp_path: Path, case: int) -> None:
+    """Bug: a key of somebody else's config.json passed over: another model than they trained."""
+    changes, expected = FOREIGN[case]
+    values = json.loads((given / "config.json").read_text())
+    values.pop("openmoe")
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    plain = read_json(tmp_path / "config.json").model
+    (tmp_path / "config.json").write_text(json.dumps(values | changes))
+    if isinstance(expected, str):
+        with pytest.raises(CheckpointError, match=rf"config\.json: {expected}"):
+            read_json(tmp_path / "config.json")
+    else:
+        assert read_json(tmp_path / "config.json").model == plain.model_copy(update=expected)
+
+
+def test_flat_files_that_are_no_weights(tmp_path: Path) -> None:
+    """Bug: a traceback at a damaged archive; integers taken for weights."""
+    path = tmp_path / "params.npz"
+    provenance = Provenance(model=CONFIG, loss=LOSS, step=0, tokens_seen=0)
+    flat = {name.t5x: np.zeros(name.shape_in("t5x"), np.float32) for name in tensor_names(CONFIG)}
+
+    def line(pattern: str) -> None:
+        with pytest.raises(CheckpointError, match=pattern) as caught:
+            open_t5x(path, provenance)
+        assert len(str(caught.value).splitlines()) == 1
+
+    path.write_bytes(b"")
+    line(r"params\.npz: damaged")
+    np.savez_compressed(path, **flat)
+    open_t5x(path, provenance)
+    whole = path.read_bytes()
+    # Behind the first member's header (30 bytes and its name) lie its compressed bytes.
+    start = 30 + int.from_bytes(whole[26:28], "little") + int.from_bytes(whole[28:30], "little")
+    path.write_bytes(whole[:start] + b"\xff" * 20 + whole[start + 20 :])
+    line("tensor .*: damaged: Error -3")
+    path.write_bytes(whole[:start] + whole[start + 20 :])
+    line("damaged")
+    first = next(iter(flat))
+    np.savez(path, **(flat | {first: flat[first].astype(np.int32)}))
+    line(f"tensor {first}: torch.int32: allowed F64, F32, BF16, F16")
+    save_file({first: torch.zeros(())}, tmp_path / "params.safetensors")
+    path = tmp_path / "params.safetensors"
+    line(rf"tensor {first}: shape \[\], the model's is")
+
+
+def test_special_tokens_by_the_names_of_their_pieces(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Bug: a tokenizer_config.json that names pieces which the model has not: T5Tokenizer adds them at new
+    ids."""
+    proto = parse_model(tokenizer.model, "")
+    for index, name in ((0, "[PAD]"), (1, "[END]"), (2, "[?]")):
+        assert proto.pieces[index].type in (proto.SentencePiece.CONTROL, proto.SentencePiece.UNKNOWN)
+        proto.pieces[index].piece = name
+    proto.trainer_spec.pad_piece, proto.trainer_spec.eos_piece, proto.trainer_spec.unk_piece = (
+        "[PAD]",
+        "[END]",
+        "[?]",
+    )
+    save(tmp_path / "step_7", CONFIG.model_copy(update={"vocab_size": 896}))
+    folder = give(tmp_path / "step_7", tmp_path / "model", tokenizer=Tokenizer(proto.SerializeToString()))
+    pieces = [piece.piece for piece in parse_model((folder / "spiece.model").read_bytes(), "").pieces]
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    named = [values[f"{name}_token"] for name in ("pad", "bos", "eos", "unk")]
+    assert [pieces.index(name) for name in named] == [0, 0, 1, 2]
