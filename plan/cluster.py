@@ -16,9 +16,7 @@ class ClusterConfig(BaseModel, strict=True, extra="forbid", frozen=True, allow_i
     # Taken by the driver, by the buffers of collectives and by holes between tensors.
     reserved_bytes: int = Field(ge=0)
     flops_per_second: Flops  # by precision (fp64, fp32, bf16), in large matrix products
-    peak_flops_per_second: (
-        Flops  # of the data sheet; MFU is a share of it, as in training
-    )
+    peak_flops_per_second: Flops  # of the data sheet; MFU is a share of it, as in training
     memory_bytes_per_second: float = Field(gt=0)
     node_bytes_per_second: float = Field(gt=0)  # to the other devices of the node
     network_bytes_per_second: float = Field(gt=0)  # to other nodes
