@@ -1,4 +1,5 @@
-"""The model of a checkpoint, to generate, evaluate or analyse with; nothing else of the run is read."""
+"""The model of a checkpoint, to generate, evaluate or analyse with. All its files are verified;
+nothing but the model is loaded."""
 
 from pathlib import Path
 

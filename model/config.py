@@ -43,7 +43,8 @@ class ModelConfig(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf
     # Routing groups: capacity, priority, dropping and router losses are computed per group.
     # rows: group_rows consecutive rows. flaxformer: at most group_tokens tokens and at least num_experts
     # groups, the original's rule, which depends on the batch size. hugging_face: the whole batch is one
-    # group, and capacity is rounded down, then up to an even number (facts 6.5); it includes k there.
+    # group, and capacity is rounded down, then up to an even number (facts 6.5), with
+    # capacity_includes_k only.
     group_rule: Literal["rows", "flaxformer", "hugging_face"] = "rows"
     group_rows: int = Field(1, gt=0)
     group_tokens: int = Field(4096, gt=0, lt=2**31)  # flaxformer only
@@ -62,6 +63,8 @@ class ModelConfig(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf
             raise ValueError(f"head_dim={self.head_dim}: rotary embedding needs an even number")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k}: allowed 1 to num_experts={self.num_experts}")
+        if self.group_rule == "hugging_face" and not self.capacity_includes_k:
+            raise ValueError("capacity_includes_k=false: allowed true with group_rule=hugging_face")
         if self.moe_every > self.n_layers:
             raise ValueError(f"moe_every={self.moe_every}: allowed 0 (dense) to n_layers={self.n_layers}")
         return self

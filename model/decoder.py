@@ -132,6 +132,7 @@ class Decoder(nn.Module):
                     traces.append(routing_trace(i, routing, batch, self.ranks))
         return DecoderOutput(self._head_input(x, at), statistics, traces)
 
+    @torch.no_grad()
     def extend(
         self,
         cache: KVCache,

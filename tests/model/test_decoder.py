@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from openmoe.model.config import ModelConfig
 from openmoe.model.decoder import Decoder
 
 from .conftest import build, rows
@@ -216,3 +217,13 @@ def test_compute_dtype(config):
     out = model(rows([24]), trace=True)
     assert out.hidden.dtype == torch.bfloat16
     assert out.traces[0].logits.dtype == torch.float32
+
+
+def test_the_ports_groups_with_the_ports_capacity(config: ModelConfig) -> None:
+    """Bug: half the room of the released PyTorch code under its name."""
+    values = config.model_dump() | {"group_rule": "hugging_face"}
+    with pytest.raises(
+        ValueError, match="capacity_includes_k=false: allowed true with group_rule=hugging_face"
+    ):
+        ModelConfig(**values)
+    ModelConfig(**(values | {"capacity_includes_k": True}))

@@ -201,3 +201,10 @@ def test_refused(config: ModelConfig) -> None:
             model.extend(cache, tokens, [3])
         with pytest.raises(ValueError, match="in one piece"):
             model.extend(cache, tokens[:, :1], [1], prefix=[2])
+
+
+def test_no_graph(config: ModelConfig) -> None:
+    """Bug: the activations of all steps kept for a backward pass that never comes."""
+    model = build(config)
+    cache = KVCache(config, 1, 2, torch.empty(0, dtype=torch.float64))
+    assert not model.extend(cache, torch.tensor([[0]]), [1]).requires_grad

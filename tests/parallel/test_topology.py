@@ -305,7 +305,7 @@ DOES_NOT_FIT: list[tuple[tuple[int, int, int, int], dict[str, Any], str]] = [
     ),
     (
         (2, 1, 1, 1),
-        {"group_rule": "hugging_face"},
+        {"group_rule": "hugging_face", "capacity_includes_k": True},
         "model.group_rule=hugging_face: allowed rows where 2 processes train",
     ),
 ]
