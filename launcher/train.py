@@ -61,12 +61,12 @@ def train(config: Config, processes: Processes = ALONE) -> None:
     data = processes.first_of_node(
         lambda: prepare(config.data, config.model.vocab_size, source_names(config))
     )
+    same = {"the checkpoint to go on from": str(resume_from), "checkpoint.initialise_from": str(weights_from)}
+    processes.require_same(same | data.fingerprint)
     if weights_from is not None:
         processes.agree(
             lambda: require_tokenizer(weights_from, read_manifest(weights_from), data.tokenizer.sha256)
         )
-    same = {"the checkpoint to go on from": str(resume_from), "checkpoint.initialise_from": str(weights_from)}
-    processes.require_same(same | data.fingerprint)
     rows = topology.rows_of(processes.rank, config.train.global_batch_rows)
     loader = processes.agree(lambda: build_loader(config, data, host_memory(device), rows))
 
