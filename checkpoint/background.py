@@ -8,9 +8,9 @@ class Background:
     """Begins at once. It ends with the process at the latest."""
 
     def __init__(self, work: Callable[[], None], name: str) -> None:
-        self._work = work
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        # The thread alone holds the work, and lets go of what it holds with its end.
+        self._thread = threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
         self._thread.start()
 
     @property
@@ -28,8 +28,8 @@ class Background:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    def _run(self) -> None:
+    def _run(self, work: Callable[[], None]) -> None:
         try:
-            self._work()
+            work()
         except BaseException as error:
             self._error = error

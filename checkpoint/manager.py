@@ -159,17 +159,18 @@ class CheckpointManager:
             limit = f"{self.config.save_timeout_seconds:g} s (checkpoint.save_timeout_seconds)"
             return f"{who}the save of step {step} is not done after {limit}: {course.place}"
 
-        with TimeLimit(self.config.save_timeout_seconds, too_long, self._log_fd):
-            try:
-                write_checkpoint(folder, tensors, step=step, peers=self.peers, course=course, **rest)
-            except CheckpointWriteError as error:
-                last = self.peers.on_first(lambda: latest(self.directory))
-                kept = f"; the last one is whole: {last}" if last else "; there is no earlier one"
-                raise CheckpointWriteError(error.errno, f"{error.strerror}{kept}") from error
-            finally:
-                self._copies.release()  # also where it has not come to the copying
-            course.at("deleting old checkpoints")
-            self.peers.on_first(self._remove_old)
+        try:
+            with TimeLimit(self.config.save_timeout_seconds, too_long, self._log_fd):
+                try:
+                    write_checkpoint(folder, tensors, step=step, peers=self.peers, course=course, **rest)
+                except CheckpointWriteError as error:
+                    last = self.peers.on_first(lambda: latest(self.directory))
+                    kept = f"; the last one is whole: {last}" if last else "; there is no earlier one"
+                    raise CheckpointWriteError(error.errno, f"{error.strerror}{kept}") from error
+                course.at("deleting old checkpoints")
+                self.peers.on_first(self._remove_old)
+        finally:
+            self._copies.release()  # also where it has not come to the copying
 
     def set_aside_newer(self, step: int) -> list[Path]:
         """Renames checkpoints newer than `step`, which a run resumed there would mix with its own; returns
@@ -250,8 +251,17 @@ def latest(directory: Path) -> Path | None:
 
 
 def steps(directory: Path) -> list[Path]:
-    """The checkpoints in a folder of checkpoints, oldest first."""
-    return sorted((path for path in directory.glob("step_*") if _is_step(path)), key=_step)
+    """The checkpoints in a folder of checkpoints, oldest first; none where there is no such folder.
+
+    Raises CheckpointError where the folder can't be read: a run that took it for empty would start afresh.
+    """
+    try:
+        names = os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{directory}: can't be read: {error.strerror}") from None
+    return sorted((directory / name for name in names if _is_step(directory / name)), key=_step)
 
 
 def _is_step(folder: Path) -> bool:

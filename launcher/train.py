@@ -267,6 +267,7 @@ def model_identity(config: Config) -> dict[str, Any]:
 def _save(
     checkpoints: CheckpointManager, config: Config, tokenizer: Tokenizer, outputs: Outputs | None, run: Run
 ) -> None:
+    checkpoints.finish()  # its tensors may be copies, and go before there are new ones
     checkpoints.save(
         training_tensors(run.model, run.optimizer, run.ranks),
         step=run.step,

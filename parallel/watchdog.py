@@ -184,8 +184,9 @@ def is_lost_contact(error: BaseException) -> bool:
     """Is it a collective's complaint? gloo has no class for it, but names its own file."""
     if isinstance(error, LostContact):
         return False
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
+    # The class itself: errors of our own are derived from it, and may hold any word.
+    gloo = type(error) is RuntimeError and "gloo" in str(error).lower()
+    return isinstance(error, dist.DistError) or gloo
 
 
 def reason(error: BaseException) -> str:

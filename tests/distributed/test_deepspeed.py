@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,22 +48,6 @@ from tests.distributed.test_gradient_groups import SUMMED_OVER, gradients_of_pow
 ADAMW = AdamWConfig(
     name="adamw", schedule=ConstantSchedule(name="constant", value=1e-3), epsilon=1e-4, weight_decay=0.1
 )
-
-
-@pytest.fixture(scope="module")
-def engine_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    """Ranks that have DeepSpeed from the start, which takes as long to import as torch."""
-    if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("needs the extra deepspeed")
-    folder = tmp_path_factory.mktemp("pool")
-    environment = {
-        "DS_ACCELERATOR": "cpu",
-        "LOCAL_RANK": "0",  # a launcher would say so
-        "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),  # nothing is built; if it were, for nobody else
-    }
-    pool = Pool(folder, environment, imports="deepspeed")
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")

@@ -270,14 +270,17 @@ def table(kills: list[Kill]) -> str:
     )
 
 
-def main(kills: int, seed: int) -> None:
+def main(kills: int, seed: int) -> int:
+    """Exit code 1 where so many kills hit too few places to say much."""
     with tempfile.TemporaryDirectory() as folder:
         campaign = Campaign(Path(folder), seed)
         try:
-            print(table(campaign.run(kills)), flush=True)
+            found = campaign.run(kills)
         finally:
             campaign.close()
+    print(table(found), flush=True)
+    return 1 if kills >= 30 and len({kill.place for kill in found}) < 5 else 0
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0))
