@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -231,18 +232,24 @@ def test_resuming_a_finished_run_changes_nothing(small: Small, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("number", "target", "n", "saved"),
+    ("number", "target", "n", "expected"),
     [
-        pytest.param(signal.SIGINT, VALIDATE, 1, MARK + 1, id="in the validation at the mark"),
-        pytest.param(signal.SIGTERM, WRITE, 2, 3, id="after a line"),
-        pytest.param(signal.SIGINT, TENSORS, 1, 5, id="while saving"),
         pytest.param(
-            signal.SIGTERM, "openmoe.train.signals.StopSignals.__enter__", 1, 1, id="before the first step"
+            signal.SIGINT, VALIDATE, 1, range(MARK + 1, MARK + 2), id="in the validation at the mark"
+        ),
+        pytest.param(signal.SIGTERM, WRITE, 2, range(3, 4), id="after a line"),
+        pytest.param(signal.SIGINT, TENSORS, 1, range(5, 9), id="while saving in the background"),
+        pytest.param(
+            signal.SIGTERM,
+            "openmoe.train.signals.StopSignals.__enter__",
+            1,
+            range(1, 2),
+            id="before the first step",
         ),
     ],
 )
 def test_a_signal_saves_and_leaves(
-    number: signal.Signals, target: str, n: int, saved: int, small: Small, commands: Commands,
+    number: signal.Signals, target: str, n: int, expected: range, small: Small, commands: Commands,
     undisturbed: Lines, tmp_path: Path,
 ) -> None:  # fmt: skip
     """Bug: a signal that arrives at an awkward moment is answered without saving; a resumed run differs. What
@@ -251,7 +258,10 @@ def test_a_signal_saves_and_leaves(
     arguments = small(run_dir, "checkpoint.every_steps=4", "checkpoint.resume=auto")
     code, stderr = commands.run(*arguments, prelude=signal_after(target, n, number))
     assert code == 0, stderr
-    assert f"stopped by {number.name}, saved at step {saved} " in stderr
+    found = re.search(rf"stopped by {number.name}, saved at step (\d+) ", stderr)
+    assert found, stderr
+    saved = int(found[1])
+    assert saved in expected
     assert (run_dir / f"checkpoints/step_{saved}/manifest.json").exists()
     assert steps_of(lines(run_dir)) == list(range(1, saved + 1))
     code, stderr = commands.run(*arguments)
