@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 
 from openmoe.checkpoint.config import CheckpointConfig
@@ -88,6 +89,8 @@ def go_on(stage: Stage, run_dir: Path, start: int, steps: int) -> list[dict[str,
     return losses
 
 
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
 def test_ten_further_steps_are_those_of_an_unbroken_run(engine_pool: Pool, tmp_path: Path) -> None:
     """Bug: a state that is lost, shared out wrongly or counted twice on the way from one layout to another,
     in a way that the first loss doesn't show; a save that takes what the next update has made."""

@@ -7,6 +7,7 @@ import pytest
 from tests.launcher.kills import Campaign, table
 
 
+@pytest.mark.distributed
 @pytest.mark.timeout(900)
 def test_killed_runs_end_as_if_nothing_had_been(tmp_path: Path) -> None:
     """Bug: a moment at which a kill costs a line, a step or a checkpoint."""

@@ -83,6 +83,7 @@ def worker(run_dir: Path, rank: int) -> int:
     return int(re.findall(rf"start of rank {rank} on \S+, process (\d+)", log)[-1])
 
 
+@pytest.mark.distributed
 @pytest.mark.timeout(1500)
 def test_a_run_that_loses_workers_goes_on_by_itself(corpus: list[str], tmp_path: Path) -> None:
     """Bug: a lock, a port or a store of the life before keeps the new one from starting; a line twice or not
