@@ -201,14 +201,22 @@ def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
         return None
     if resume == "auto":
         return latest(run_dir / FOLDER)
-    path = Path(resume)
+    return checkpoint_at("checkpoint.resume", resume, other_values="none, auto, ")
+
+
+def checkpoint_at(key: str, path: str, other_values: str = "") -> Path:
+    """The checkpoint that `path`, the value of `key`, names: its folder, or a run's, whose newest is meant.
+
+    Raises CheckpointError where there is none, naming also what else the key may be.
+    """
+    folder = Path(path)
     try:
-        found = path if (path / MANIFEST_NAME).is_file() else latest(path / FOLDER) or latest(path)
+        found = folder if (folder / MANIFEST_NAME).is_file() else latest(folder / FOLDER) or latest(folder)
     except OSError as error:
-        raise CheckpointError(f"checkpoint.resume={resume}: can't be read: {error.strerror}") from None
+        raise CheckpointError(f"{key}={path}: can't be read: {error.strerror}") from None
     if found is None or found.name.endswith(PARTIAL):
         raise CheckpointError(
-            f"checkpoint.resume={resume}: no checkpoint there; allowed: none, auto, "
+            f"{key}={path}: no checkpoint there; allowed: {other_values}"
             "the folder of a checkpoint (.../checkpoints/step_N) or of a run"
         )
     return found

@@ -6,10 +6,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from openmoe.checkpoint.errors import CheckpointError
-from openmoe.checkpoint.manager import FOLDER, latest
-from openmoe.checkpoint.manifest import MANIFEST_NAME, Manifest
+from openmoe.checkpoint.manifest import Manifest
 from openmoe.checkpoint.released_config import LossWeights
-from openmoe.checkpoint.storage import PARTIAL
 from openmoe.data.config import DataConfig
 from openmoe.data.prepare import open_tokenizer
 from openmoe.data.shards import TOKENIZER
@@ -17,24 +15,6 @@ from openmoe.data.tokenizer import Tokenizer, load_tokenizer
 from openmoe.model.config import ModelConfig
 
 Section = TypeVar("Section", bound=BaseModel)
-
-
-def checkpoint_at(key: str, path: str) -> Path:
-    """The checkpoint that `path`, the value of `key`, names: its folder, or a run's, whose newest is meant.
-
-    Raises CheckpointError where there is none.
-    """
-    folder = Path(path)
-    try:
-        found = folder if (folder / MANIFEST_NAME).is_file() else latest(folder / FOLDER) or latest(folder)
-    except OSError as error:
-        raise CheckpointError(f"{key}={path}: can't be read: {error.strerror}") from None
-    if found is None or found.name.endswith(PARTIAL):
-        raise CheckpointError(
-            f"{key}={path}: no checkpoint there; allowed the folder of a checkpoint (.../checkpoints/step_N) "
-            "or of a run"
-        )
-    return found
 
 
 def model_config_of(folder: Path, manifest: Manifest) -> ModelConfig:

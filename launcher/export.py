@@ -8,8 +8,9 @@ import torch
 from pydantic import BaseModel, Field
 
 from openmoe.checkpoint.export import export_released
+from openmoe.checkpoint.manager import checkpoint_at
 from openmoe.checkpoint.manifest import Manifest
-from openmoe.checkpoint.origin import checkpoint_at, loss_weights_of, model_config_of, tokenizer_of
+from openmoe.checkpoint.origin import loss_weights_of, model_config_of, tokenizer_of
 from openmoe.checkpoint.storage import verify_checkpoint
 from openmoe.data.config import PathText
 from openmoe.data.tokenizer import Tokenizer, load_tokenizer

@@ -13,8 +13,9 @@ from typing import Any, Literal, TextIO
 from pydantic import Field
 
 from openmoe.checkpoint.load_model import load_model
+from openmoe.checkpoint.manager import checkpoint_at
 from openmoe.checkpoint.manifest import Manifest
-from openmoe.checkpoint.origin import checkpoint_at, tokenizer_of
+from openmoe.checkpoint.origin import tokenizer_of
 from openmoe.data.config import PathText
 from openmoe.data.prompts import encode_prompt
 from openmoe.data.tokenizer import EOS, Tokenizer, load_tokenizer

@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from openmoe.checkpoint.errors import CheckpointError
-from openmoe.checkpoint.manager import find_checkpoint
+from openmoe.checkpoint.manager import checkpoint_at, find_checkpoint
 from openmoe.checkpoint.manifest import read_manifest
-from openmoe.checkpoint.origin import checkpoint_at
 from openmoe.launcher.errors import ConfigError
 
 _LOOK_SECONDS = 0.2  # between two tries to get the lock

@@ -11,7 +11,8 @@ import torch
 from pydantic import BaseModel, Field
 
 from openmoe.checkpoint.load_model import load_model
-from openmoe.checkpoint.origin import checkpoint_at, model_config_of, require_tokenizer
+from openmoe.checkpoint.manager import checkpoint_at
+from openmoe.checkpoint.origin import model_config_of, require_tokenizer
 from openmoe.checkpoint.storage import verify_checkpoint
 from openmoe.checkpoint.stored_tensors import CheckpointTensors
 from openmoe.checkpoint.tensor_files import TensorParts

@@ -56,7 +56,6 @@ class Trace:
 
     peak_bytes: int
     peak_by_part: dict[str, int]  # who made what is alive at the peak
-    kept_bytes: int  # at the end of the forward pass
     by_part: dict[str, list[Operations]]
 
     @property
@@ -192,14 +191,13 @@ def trace(model: nn.Module, loss: Callable[[], Tensor]) -> Trace:
             watch.leave_out(parameter)
             parameter.register_post_accumulate_grad_hook(lambda p: _release(watch, p))
         total = loss()
-        kept_bytes = list(accumulate(change for _, change in watch.counted()))[-1]
         total.backward()
     events = watch.counted()
     live_bytes = list(accumulate(change for _, change in events))
     peak_bytes = max(live_bytes)
     at_peak = watch.by_maker(events[: live_bytes.index(peak_bytes) + 1])
     by_part = {part: _operations(counted) for part, counted in watch.by_part.items()}
-    return Trace(peak_bytes, at_peak, kept_bytes, by_part)
+    return Trace(peak_bytes, at_peak, by_part)
 
 
 def trace_operations(work: Callable[[], Result]) -> tuple[Result, list[Operations]]:
