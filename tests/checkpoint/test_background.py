@@ -3,7 +3,9 @@
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from openmoe.checkpoint import shards
+from openmoe.checkpoint.background import Background
 from openmoe.checkpoint.config import CheckpointConfig
 from openmoe.checkpoint.errors import CheckpointWriteError
 from openmoe.checkpoint.host_copies import HostCopies
@@ -169,6 +172,7 @@ def test_the_end_of_a_run_with_an_error(
 
 HANG = """
 import os, sys, time
+from functools import partial
 from pathlib import Path
 import torch
 from openmoe.checkpoint.config import CheckpointConfig
@@ -193,3 +197,31 @@ def test_a_save_that_hangs_ends_the_process(asynchronous: bool, tmp_path: Path) 
     line = "error: the save of step 4 is not done after 1 s (checkpoint.save_timeout_seconds): syncing shard"
     assert done.stderr.startswith(line)
     assert done.stderr.count("\n") == 1
+
+
+def test_a_save_that_has_ended_holds_nothing() -> None:
+    """State that was gathered for a save stays on the device until the next one."""
+    tensor = torch.ones(10)
+    held = weakref.ref(tensor)
+    background = Background(partial(len, tensor), name="save")
+    del tensor
+    assert background.ends_within(30)
+    assert held() is None
+
+
+def test_a_save_that_can_not_begin_holds_up_no_update(
+    manager: CheckpointManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save that fails before it has copied anything, for which the next update waits for ever."""
+
+    def no_thread(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("openmoe.checkpoint.manager.TimeLimit", no_thread)
+    save(manager, 1, torch.ones(10))
+    updating = threading.Thread(target=manager.wait_to_update, daemon=True)
+    updating.start()
+    updating.join(30)
+    assert not updating.is_alive()
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        manager.finish()

@@ -116,3 +116,15 @@ def test_where_a_run_goes_on(tmp_path: Path) -> None:
     for wrong in (tmp_path / "missing", tmp_path / "copy.partial", newest / "manifest.json", tmp_path):
         with pytest.raises(CheckpointError, match="no checkpoint there; allowed: none, auto"):
             find_checkpoint(str(wrong), other)
+
+
+def test_a_folder_that_cant_be_read_is_not_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that can't list its checkpoints starts at step 0 and cuts all of its lines."""
+    save(CheckpointManager(tmp_path, CheckpointConfig()), 1)
+
+    def refuse(path: object) -> list[str]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.listdir", refuse)
+    with pytest.raises(CheckpointError, match="checkpoints: can't be read: Permission denied"):
+        find_checkpoint("auto", tmp_path)

@@ -18,10 +18,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from openmoe.parallel.watchdog import NO_WATCHDOG, LostContact, Watchdog
+from openmoe.parallel.watchdog import NO_WATCHDOG, LostContact, Watchdog, is_lost_contact
 
 RANKS = 3
 TIMEOUT = 1.5
+
+
+def test_only_gloo_itself_complains_of_lost_contact() -> None:
+    """Bug: a loss that is not finite is told as lost contact, as its message names a source `igloo`."""
+
+    class NonFinite(RuntimeError):
+        pass
+
+    assert not is_lost_contact(NonFinite("loss=nan at step 3 (tokens: igloo 5)"))
+    assert is_lost_contact(RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer"))
 
 
 def describe(group: str) -> str:
