@@ -145,6 +145,7 @@ def train(config: Config, processes: Processes = ALONE) -> None:
             device=device,
             ranks=ranks,
             watchdog=watchdog,
+            read_every_steps=config.logging.read_every_steps,
             longest_segment=longest_segment(config),
             step=step,
             tokens_seen=tokens_seen,

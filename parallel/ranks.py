@@ -1,6 +1,7 @@
 """What training needs of the other processes: which rows are its own, sums, complete gradients, updates."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
@@ -16,6 +17,14 @@ from openmoe.parallel.topology import GroupName, Topology
 
 NORM_PIECE_ELEMENTS = 1024
 SHARING_GROUPS: tuple[GroupName, ...] = ("tensor", "shard", "expert", "expert_shard")
+
+
+@dataclass(frozen=True)
+class SentNumbers:
+    """What `Ranks.send_numbers` gives and `Ranks.read_numbers` takes; nobody has waited for a device yet."""
+
+    on_device: Tensor  # [length] float64
+    own: Sequence[float]  # of this process, on the host
 
 
 class Ranks(Protocol):
@@ -79,6 +88,21 @@ class Ranks(Protocol):
     def sum_(self, x: Tensor) -> None:
         """In place over all processes."""
 
+    def send_numbers(self, terms: Tensor, same: Tensor, own: Sequence[float]) -> SentNumbers:
+        """Numbers of a step on their way to the host, without waiting for the device.
+
+        Args:
+            terms: float64 `[n]` on the device: this process's terms of sums over the processes. Where a
+                device's values are global already (XLA) they are the sums.
+            same: float64 `[m]` on the device, the same on all processes.
+            own: what this process's host has to say of itself; as many numbers on each.
+        """
+
+    def read_numbers(self, sent: Sequence[SentNumbers]) -> list[tuple[Tensor, Tensor]]:
+        """For each, on the host in float64: the sums and `same` in one row `[n + m]`, and `own` of each
+        process `[world_size, len(own)]`. One transfer from the device, for all of which waits; all processes
+        call it together, with as many of equal lengths."""
+
 
 class OneProcess:
     """A run of one process without process groups."""
@@ -125,6 +149,14 @@ class OneProcess:
     def sum_(self, x: Tensor) -> None:
         pass
 
+    def send_numbers(self, terms: Tensor, same: Tensor, own: Sequence[float]) -> SentNumbers:
+        return SentNumbers(torch.cat([terms, same]), own)
+
+    def read_numbers(self, sent: Sequence[SentNumbers]) -> list[tuple[Tensor, Tensor]]:
+        rows = torch.stack([numbers.on_device for numbers in sent]).cpu()
+        of_hosts = [torch.tensor([numbers.own], dtype=torch.float64) for numbers in sent]
+        return list(zip(rows, of_hosts, strict=True))
+
 
 class ShardedRanks:
     """One of several processes, each with a part of the model by the tables of `placement`."""
@@ -152,6 +184,20 @@ class ShardedRanks:
 
     def sum_(self, x: Tensor) -> None:
         self.groups["world"].sum_(x)
+
+    def send_numbers(self, terms: Tensor, same: Tensor, own: Sequence[float]) -> SentNumbers:
+        # One collective for all: a process's own numbers have places of their own among the terms.
+        of_ranks = terms.new_zeros(self.world_size, len(own))
+        for place, number in enumerate(own):
+            of_ranks[self.rank, place] = number
+        summed = torch.cat([terms, of_ranks.view(-1)])
+        self.sum_(summed)
+        return SentNumbers(torch.cat([summed[: len(terms)], same, summed[len(terms) :]]), own)
+
+    def read_numbers(self, sent: Sequence[SentNumbers]) -> list[tuple[Tensor, Tensor]]:
+        rows = torch.stack([numbers.on_device for numbers in sent]).cpu()
+        end = rows.shape[1] - self.world_size * len(sent[0].own)
+        return [(row[:end], row[end:].view(self.world_size, -1)) for row in rows]
 
     def global_norm(self, parts: Sequence[tuple[ParameterLayout, Tensor]]) -> Tensor:
         """Each element counts once, on the first of the ranks that hold it."""

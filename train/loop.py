@@ -14,7 +14,7 @@ from openmoe.parallel.ranks import Ranks
 from openmoe.parallel.watchdog import NoWatchdog
 from openmoe.train.config import TrainConfig
 from openmoe.train.metrics import Writer
-from openmoe.train.record import step_metrics
+from openmoe.train.record import SentStep, read_metrics, send_metrics
 from openmoe.train.signals import StopSignals
 from openmoe.train.step import MicroBatch, micro_batches, train_step
 from openmoe.train.throughput import peak_memory_bytes
@@ -45,6 +45,7 @@ class Run:
     device: torch.device
     ranks: Ranks
     watchdog: NoWatchdog
+    read_every_steps: int = 1  # steps whose metrics are read from the device together
     longest_segment: int | None = (
         None  # positions an example may take where rows hold many; see micro_batches
     )
@@ -54,64 +55,93 @@ class Run:
     counters: dict[str, int] = field(default_factory=lambda: {"nonpad_tokens": 0, "loss_tokens": 0})
 
 
+@dataclass(frozen=True)
+class _Update:
+    """One update; the device may still be at it, and copy from the batch, until its metrics are read."""
+
+    step: int
+    tokens_seen: int
+    batch: StepBatch
+    rate: float
+    metrics: SentStep
+
+
 def fit(run: Run, stop: StopSignals) -> str | None:
     """Train to run.total_steps, or save and leave at a signal; returns its name, or None.
 
-    Raises NonFiniteLoss, and what went wrong in a save at the end of the next step; checkpoints written
-    before stay as they are.
-    """
-    moe_layers = run.model.config.moe_layers
-    stopped_by: str | None = None
-    while run.step < run.total_steps:
-        start = time.perf_counter()
-        run.watchdog.step(run.step + 1)
-        batch = next(run.loader)  # inside the clock: a loader that is the limit must show
-        data_seconds = time.perf_counter() - start
-        frozen = run.config.freeze_router_at_step
-        if frozen is not None and run.step >= frozen:
-            run.model.freeze_routers()
-        rate = run.learning_rate(run.step)
-        micro = micro_batches(
-            batch.arrays,
-            run.config.micro_batch_rows,
-            run.device,
-            run.longest_segment,
-            packed=run.longest_segment is not None,
-        )
-        result = train_step(run.model, run.optimizer, micro, batch.loss_tokens, rate, run.config, run.ranks)
-        own = {
-            "data_seconds": data_seconds,
-            "peak_memory_bytes": peak_memory_bytes(run.device),
-            "votes_to_stop": stop.vote(),
-            "failed_saves": float(run.save_has_failed()),
-        }
-        metrics, of_ranks = step_metrics(result, moe_layers, run.ranks, own)
-        seconds = time.perf_counter() - start
-        run.step += 1
-        run.tokens_before, run.tokens_seen = run.tokens_seen, run.tokens_seen + batch.positions
-        _require_finite({name: metrics[name] for name in ("loss", "grad_norm")}, run, batch)
-        if any(of_ranks["failed_saves"]):
-            _finish_save(run)
+    The host waits for the device each `read_every_steps` steps, before a validation and before a save: there
+    it reads the metrics of all steps since the last time, and there it hears, on all processes after the same
+    step, of signals and of saves that have failed.
 
-        stopped_by = stop.agreed(sum(of_ranks["votes_to_stop"]))
-        line = _line(run, batch, metrics, rate, seconds) | {
-            "data_seconds": max(of_ranks["data_seconds"]),
-            "peak_memory_bytes": max(of_ranks["peak_memory_bytes"]),
-        }
-        if _validation_due(run, batch):
-            line |= validate(run.model, _held_back(run, batch), run.ranks)
-        for writer in run.writers:
-            writer.write(line)
-        due = run.save_due(run.step, run.tokens_before, run.tokens_seen)
-        if due or run.step == run.total_steps or stopped_by:
+    Raises NonFiniteLoss for the first step that has one, and what went wrong in a save, when metrics are read
+    the next time; checkpoints written before stay as they are.
+    """
+    unread: list[_Update] = []
+    stopped_by: str | None = None
+    start = 0.0
+    while run.step < run.total_steps and not stopped_by:
+        if not unread:
+            start = time.perf_counter()
+        unread.append(_update(run, stop))
+        batch = unread[-1].batch
+        validation_due = _validation_due(run, batch)
+        save_due = run.step == run.total_steps or run.save_due(run.step, run.tokens_before, run.tokens_seen)
+        if len(unread) < run.read_every_steps and not validation_due and not save_due:
+            continue
+
+        votes_to_stop = 0.0
+        read = read_metrics([update.metrics for update in unread], run.model.config.moe_layers, run.ranks)
+        seconds = (time.perf_counter() - start) / len(unread)
+        for update, (metrics, of_ranks) in zip(unread, read, strict=True):
+            _require_finite({name: metrics[name] for name in ("loss", "grad_norm")}, run, update)
+            if any(of_ranks["failed_saves"]):
+                _finish_save(run)
+            votes_to_stop += sum(of_ranks["votes_to_stop"])
+            line = _line(run, update, metrics, of_ranks, seconds)
+            if validation_due and update is unread[-1]:
+                line |= validate(run.model, _held_back(run, batch), run.ranks)
+            for writer in run.writers:
+                writer.write(line)
+        stopped_by = stop.agreed(votes_to_stop)
+        if save_due or stopped_by:
             # Not finite where an update has ruined the model: it must not become the newest checkpoint.
-            _require_finite({"norm of the parameters": run.ranks.parameter_norm().item()}, run, batch)
+            norm = run.ranks.parameter_norm().item()
+            _require_finite({"norm of the parameters": norm}, run, unread[-1])
             with run.watchdog.pause():
                 run.save(run)
-            if stopped_by:
-                break
+        unread.clear()
     _finish_save(run)
     return stopped_by
+
+
+def _update(run: Run, stop: StopSignals) -> _Update:
+    """The next update, of which nothing is read from the device."""
+    run.watchdog.step(run.step + 1)
+    start = time.perf_counter()
+    batch = next(run.loader)
+    data_seconds = time.perf_counter() - start
+    frozen = run.config.freeze_router_at_step
+    if frozen is not None and run.step >= frozen:
+        run.model.freeze_routers()
+    rate = run.learning_rate(run.step)
+    micro = micro_batches(
+        batch.arrays,
+        run.config.micro_batch_rows,
+        run.device,
+        run.longest_segment,
+        packed=run.longest_segment is not None,
+    )
+    result = train_step(run.model, run.optimizer, micro, batch.loss_tokens, rate, run.config, run.ranks)
+    own = {
+        "data_seconds": data_seconds,
+        "peak_memory_bytes": peak_memory_bytes(run.device),
+        "votes_to_stop": stop.vote(),
+        "failed_saves": float(run.save_has_failed()),
+    }
+    metrics = send_metrics(result, run.model.config.moe_layers, run.ranks, own)
+    run.step += 1
+    run.tokens_before, run.tokens_seen = run.tokens_seen, run.tokens_seen + batch.positions
+    return _Update(run.step, run.tokens_seen, batch, rate, metrics)
 
 
 def _finish_save(run: Run) -> None:
@@ -119,35 +149,45 @@ def _finish_save(run: Run) -> None:
         run.finish_save()
 
 
-def _line(run: Run, batch: StepBatch, metrics: dict[str, Any], rate: float, seconds: float) -> dict[str, Any]:
-    """The step's line of metrics.jsonl. Counts of tokens are totals of the run; shares are of this step."""
+def _line(
+    run: Run, update: _Update, metrics: dict[str, Any], of_ranks: dict[str, list[float]], seconds: float
+) -> dict[str, Any]:
+    """The step's line of metrics.jsonl. Counts of tokens are totals of the run; shares are of this step.
+
+    `seconds` are from the first batch to the last metrics of the steps that were read together, a loader that
+    is the limit included, in even shares. So are `tokens_per_second` and `mfu`.
+    """
+    batch = update.batch
     run.counters["nonpad_tokens"] += batch.nonpad_tokens
     run.counters["loss_tokens"] += batch.loss_tokens
     text_tokens = max(1, sum(batch.source_text_tokens.values()))
     return {
-        "step": run.step,
-        "tokens_seen": run.tokens_seen,
+        "step": update.step,
+        "tokens_seen": update.tokens_seen,
         **run.counters,
         "phase": batch.phase,
         "objective": batch.objective,
         **metrics,
-        "learning_rate": rate,
+        "learning_rate": update.rate,
         **{f"share/{name}": count / text_tokens for name, count in batch.source_text_tokens.items()},
         **{f"epoch/{name}": epochs for name, epochs in batch.source_epochs.items()},
         "tokens_per_second": batch.positions / seconds,
         "step_seconds": seconds,
         "mfu": run.utilization(batch.positions, batch.loss_tokens, seconds),
+        "data_seconds": max(of_ranks["data_seconds"]),
+        "peak_memory_bytes": max(of_ranks["peak_memory_bytes"]),
     }
 
 
-def _require_finite(values: Mapping[str, float], run: Run, batch: StepBatch) -> None:
+def _require_finite(values: Mapping[str, float], run: Run, update: _Update) -> None:
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
+        batch = update.batch
         shares = ", ".join(f"{name} {count}" for name, count in batch.source_tokens.items() if count)
         first_row = batch.step * run.config.global_batch_rows
         raise NonFiniteLoss(
-            f"{bad[0]}={values[bad[0]]} at step {run.step}, phase {batch.phase} ({batch.objective}), batch "
-            f"of rows {first_row} to {first_row + run.config.global_batch_rows - 1} (tokens: {shares})"
+            f"{bad[0]}={values[bad[0]]} at step {update.step}, phase {batch.phase} ({batch.objective}), "
+            f"batch of rows {first_row} to {first_row + run.config.global_batch_rows - 1} (tokens: {shares})"
         )
 
 

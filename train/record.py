@@ -1,41 +1,71 @@
-"""From the device tensors of one step to the numbers of its line in metrics.jsonl."""
+"""From the device tensors of a step to the numbers of its line in metrics.jsonl."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from openmoe.model.router import RouterStatistics
-from openmoe.parallel.ranks import Ranks
+from openmoe.parallel.ranks import Ranks, SentNumbers
 from openmoe.train.step import StepResult
 
+_LOSSES = ("loss", "lm_loss", "z_loss", "load_balancing_loss", "router_z_loss")
 _SUMMED = ("assigned", "kept", "routed_tokens", "tokens_left_behind", "entropy_sum")  # over micro-batches
 
 
-def step_metrics(
+@dataclass(frozen=True)
+class SentStep:
+    """The metrics of a step on their way from the device."""
+
+    numbers: SentNumbers
+    shapes: dict[str, torch.Size]  # of what `numbers` holds, in order
+    own: tuple[str, ...]  # names of what each rank says of itself
+
+
+def send_metrics(
     result: StepResult, moe_layers: list[int], ranks: Ranks, own: Mapping[str, float]
-) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Losses, accuracy, gradient norm and, per MoE layer, load, entropy and drops, over all ranks; and what
-    each rank has to say of itself (`own`), by rank. One sum over the ranks and one transfer from the device.
+) -> SentStep:
+    """Starts a step's metrics on their way, with what this rank has to say of itself (`own`). One sum over
+    the ranks; waits for nothing."""
+    sums = {name: getattr(result, name) for name in (*_LOSSES, "correct", "loss_tokens")}
+    for index, blocks in zip(moe_layers, zip(*result.router, strict=True), strict=True):
+        sums |= {f"{index}/{name}": value for name, value in _sum(list(blocks)).items()}
+    same = {"grad_norm": result.grad_norm}
+    numbers = ranks.send_numbers(_flat(sums), _flat(same), tuple(own.values()))
+    return SentStep(numbers, {name: value.shape for name, value in (sums | same).items()}, tuple(own))
+
+
+def read_metrics(
+    steps: Sequence[SentStep], moe_layers: list[int], ranks: Ranks
+) -> list[tuple[dict[str, Any], dict[str, list[float]]]]:
+    """For each step its losses, accuracy, gradient norm and, per MoE layer, load, entropy and drops, over all
+    ranks; and what each rank has said of itself, by rank. One transfer from the device for all steps.
 
     Per layer: `load` is the share of all choices that fell on each expert, before dropping, and
     `load_max_over_mean`, `load_cv` (coefficient of variation) and `dead_experts` sum it up; `entropy` is the
     mean of the router's distribution in nats; `dropped_first`, `dropped_second` the share of these choices
     that got no slot; `left_behind` that of tokens without any.
     """
-    losses = ("loss", "lm_loss", "z_loss", "load_balancing_loss", "router_z_loss")
-    sums = {name: getattr(result, name) for name in (*losses, "correct", "loss_tokens")}
-    for index, blocks in zip(moe_layers, zip(*result.router, strict=True), strict=True):
-        sums |= {f"{index}/{name}": value for name, value in _sum(list(blocks)).items()}
-    for name, value in own.items():
-        sums[f"own/{name}"] = result.loss.new_zeros(ranks.world_size, dtype=torch.float64)
-        sums[f"own/{name}"][ranks.rank] = value
-    sums = sum_over_ranks(sums, ranks)
+    read = ranks.read_numbers([step.numbers for step in steps])
+    return [
+        (_metrics(_each(row, step.shapes), moe_layers), dict(zip(step.own, of_ranks.T.tolist(), strict=True)))
+        for step, (row, of_ranks) in zip(steps, read, strict=True)
+    ]
 
-    tensors = {name: sums[name] for name in losses}
+
+def sum_over_ranks(terms: Mapping[str, Tensor], ranks: Ranks) -> dict[str, float]:
+    """The sums of scalars in float64, in which counts of tokens stay exact; waits for the device."""
+    flat = _flat(terms)
+    [(sums, _)] = ranks.read_numbers([ranks.send_numbers(flat, flat[:0], ())])
+    return dict(zip(terms, sums.tolist(), strict=True))
+
+
+def _metrics(sums: dict[str, Tensor], moe_layers: list[int]) -> dict[str, Any]:
+    tensors = {name: sums[name] for name in _LOSSES}
     tensors["accuracy"] = sums["correct"] / sums["loss_tokens"].clamp(min=1)
-    tensors["grad_norm"] = result.grad_norm
+    tensors["grad_norm"] = sums["grad_norm"]
     layers = [{name: sums[f"{index}/{name}"] for name in _SUMMED} for index in moe_layers]
     zero = sums["loss"].new_zeros(())
     assigned = sum((layer["assigned"].sum() for layer in layers), zero)
@@ -43,25 +73,16 @@ def step_metrics(
     tensors["dropped_fraction"] = (assigned - kept) / _positive(assigned)
     for index, layer in zip(moe_layers, layers, strict=True):
         tensors |= {f"router/layer{index:02d}/{name}": value for name, value in _layer(layer).items()}
-    tensors |= {f"own/{name}": sums[f"own/{name}"] for name in own}
-    numbers = {name: part.tolist() for name, part in _each(_flat(tensors).cpu(), tensors).items()}
-    return numbers, {name: numbers.pop(f"own/{name}") for name in own}
-
-
-def sum_over_ranks(terms: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """The sums in float64, in which counts of tokens stay exact; all in one exchange."""
-    flat = _flat(terms)
-    ranks.sum_(flat)
-    return _each(flat, terms)
+    return {name: value.double().tolist() for name, value in tensors.items()}
 
 
 def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([value.detach().to(torch.float64).flatten() for value in tensors.values()])
 
 
-def _each(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    parts = flat.split([value.numel() for value in like.values()])
-    return {name: part.view(like[name].shape) for name, part in zip(like, parts, strict=True)}
+def _each(flat: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    parts = flat.split([shape.numel() for shape in shapes.values()])
+    return {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
 
 
 def _sum(blocks: list[RouterStatistics]) -> dict[str, Tensor]:

@@ -116,7 +116,7 @@ def loss_sums(model: Decoder, micro: MicroBatch) -> LossSums:
 
 @dataclass
 class StepResult:
-    """Device tensors of one update; `record.step_metrics` turns them into numbers.
+    """Device tensors of one update; `train.record` turns them into numbers.
 
     All but `grad_norm` are this rank's terms of sums over the ranks.
     """

@@ -27,7 +27,7 @@ def validate(model: Decoder, held_back: Mapping[str, Sequence[MicroBatch]], rank
     model.train()
     if not sums:
         return {}
-    numbers = dict(zip(sums, torch.stack(list(sum_over_ranks(sums, ranks).values())).tolist(), strict=True))
+    numbers = sum_over_ranks(sums, ranks)
     metrics = {}
     for name in held_back:
         metrics[f"eval/{name}/loss"] = numbers[f"lm/{name}"] / numbers[f"weight/{name}"]

@@ -23,7 +23,7 @@ from openmoe.parallel.collectives import Observer
 from openmoe.parallel.deepspeed_engine import DeepSpeedRanks
 from openmoe.parallel.ranks import Ranks, ShardedRanks
 from openmoe.parallel.topology import Topology, check_fit
-from openmoe.train.record import step_metrics
+from openmoe.train.record import read_metrics, send_metrics
 from openmoe.train.step import MicroBatch, micro_batches, train_step
 from tests.distributed.device import device
 from tests.distributed.layouts import Variant
@@ -149,7 +149,8 @@ class Training:
             self.config.train,
             self.ranks,
         )
-        return step_metrics(result, self.config.model.moe_layers, self.ranks, {})[0]
+        layers = self.config.model.moe_layers
+        return read_metrics([send_metrics(result, layers, self.ranks, {})], layers, self.ranks)[0][0]
 
 
 class GradientReader:

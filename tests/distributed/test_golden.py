@@ -13,7 +13,7 @@ from openmoe.parallel.config import ParallelConfig
 from openmoe.parallel.ranks import ShardedRanks
 from openmoe.parallel.topology import Topology
 from openmoe.train.config import TrainConfig
-from openmoe.train.record import step_metrics
+from openmoe.train.record import read_metrics, send_metrics
 from openmoe.train.step import micro_batches, train_step
 from tests.distributed.device import device
 from tests.distributed.layouts import name_of
@@ -67,7 +67,8 @@ def worst_differences(path: Path, topology: Topology) -> dict[str, float]:
         micro = micro_batches(own, (rows.stop - rows.start) // blocks, device(), packed=False)
         rate = learning_rate(optim.schedule, entry["step"])
         result = train_step(model, optimizer, micro, 0, rate, train, ranks)
-        line, _ = step_metrics(result, config.moe_layers, ranks, {})
+        layers = config.moe_layers
+        [(line, _)] = read_metrics([send_metrics(result, layers, ranks, {})], layers, ranks)
         differences = {"loss": abs(line["loss"] - entry["total_loss"])}
         left = entry.get("metric:experts/fraction_tokens_left_behind")
         if left is not None:

@@ -1,11 +1,13 @@
 """From device tensors to a line: sums over micro-batches, shares, and dense models."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from openmoe.model.router import RouterStatistics
 from openmoe.parallel.ranks import OneProcess
-from openmoe.train.record import step_metrics
+from openmoe.train.record import read_metrics, send_metrics
 from openmoe.train.step import StepResult
 
 ONE = OneProcess(torch.nn.Module())
@@ -21,13 +23,17 @@ def statistics(assigned: list[list[float]], kept: list[list[float]]) -> RouterSt
     return RouterStatistics(1, one, one, torch.tensor(assigned), torch.tensor(kept), 4 * one, one, 2 * one)
 
 
+def line_of(step: StepResult, moe_layers: list[int]) -> dict[str, Any]:
+    return read_metrics([send_metrics(step, moe_layers, ONE, {})], moe_layers, ONE)[0][0]
+
+
 def test_sums_over_micro_batches() -> None:
     """Catches a mean of ratios in place of a ratio of sums, and first and second choices mixed up."""
     blocks = [
         [statistics([[3.0, 1.0, 0.0], [0.0, 4.0, 0.0]], [[3.0, 1.0, 0.0], [0.0, 1.0, 0.0]])],
         [statistics([[4.0, 0.0, 0.0], [2.0, 2.0, 0.0]], [[2.0, 0.0, 0.0], [1.0, 1.0, 0.0]])],
     ]
-    line, _ = step_metrics(result(blocks), [5], ONE, {})
+    line = line_of(result(blocks), [5])
     assert line["accuracy"] == 0.75
     assert line["dropped_fraction"] == pytest.approx(7 / 16)
     layer = {name.removeprefix("router/layer05/"): value for name, value in line.items() if "/" in name}
@@ -46,4 +52,4 @@ def test_sums_over_micro_batches() -> None:
 def test_dense_model_away_from_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a CPU tensor among those of a device, which only a model without experts had."""
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: torch.zeros(self.shape, dtype=self.dtype))
-    assert step_metrics(result([[]], "meta"), [], ONE, {})[0]["dropped_fraction"] == 0
+    assert line_of(result([[]], "meta"), [])["dropped_fraction"] == 0
