@@ -15,7 +15,8 @@ class Progress:
 
     On a terminal the line is rewritten with every step; elsewhere one is printed every `every_steps` steps,
     at the first and last step and where the phase changes. The time left is the wall time per step so far
-    times the steps to come, so validation and checkpoints count in.
+    times the steps to come, so validation and checkpoints count in. Lines of steps whose metrics were read
+    together come all at once.
     """
 
     def __init__(
@@ -39,8 +40,11 @@ class Progress:
         """`metrics` is the step's line of metrics.jsonl; `mfu` is a share of 1 and may be missing."""
         step = metrics["step"]
         self._updates += 1
+        now = self._clock()
         if self._updates == WARM_UP_STEPS:
-            self._timed_from = (step, self._clock())
+            self._timed_from = (step, now)
+        elif self._timed_from and now - self._timed_from[1] < metrics.get("step_seconds", 0.0):
+            self._timed_from = (step, now)  # sooner than a step takes: read together with the one before
         line = self._line(metrics)
         if self.live:
             width = shutil.get_terminal_size().columns - 1  # a full last column would wrap

@@ -1,9 +1,12 @@
 """What training is told by its ranks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import Tensor
 
-from openmoe.parallel.ranks import sum_of_squares
+from openmoe.parallel.ranks import SentNumbers, ShardedRanks, sum_of_squares
 
 
 def test_norm_of_a_large_tensor() -> None:
@@ -11,3 +14,27 @@ def test_norm_of_a_large_tensor() -> None:
     x = torch.full((10_000_003,), 0.1)
     exact = x[0].double().square().item() * len(x)
     assert sum_of_squares([x[:17], x[17:], x[:0]]).item() == pytest.approx(exact, rel=1e-6)
+
+
+def test_numbers_of_several_processes() -> None:
+    """Bugs: a rank's own numbers added to another's, or those of one kind taken for those of another; values
+    that all ranks have already summed as often as there are ranks."""
+    vectors: list[Tensor] = []
+
+    def rank_of(rank: int) -> ShardedRanks:
+        world = SimpleNamespace(sum_=lambda x: (vectors.append(x.clone()), x.copy_(sum(vectors))))
+        ranks = ShardedRanks.__new__(ShardedRanks)
+        ranks.rank, ranks.world_size, ranks.groups = rank, 3, {"world": world}  # type: ignore[dict-item]
+        return ranks
+
+    def send(rank: int, step: int) -> SentNumbers:
+        terms = torch.tensor([1.0, 10.0], dtype=torch.float64) * (rank + 1) * step
+        return rank_of(rank).send_numbers(terms, torch.full((1,), 7.0 * step).double(), (rank + 0.5, -step))
+
+    sent = []
+    for step in (1, 2):  # the last rank has the sum of what came before
+        vectors.clear()
+        sent.append([send(rank, step) for rank in range(3)][-1])
+    for step, (row, own) in enumerate(rank_of(2).read_numbers(sent), start=1):
+        assert row.tolist() == [6.0 * step, 60.0 * step, 7.0 * step]
+        assert own.tolist() == [[0.5, -step], [1.5, -step], [2.5, -step]]

@@ -55,6 +55,19 @@ def test_eta_leaves_out_the_first_steps_and_counts_validation_in() -> None:
     assert progress.seconds_left(WARM_UP_STEPS + 4) == pytest.approx(2.0 * (100 - WARM_UP_STEPS - 4))
 
 
+def test_eta_of_steps_whose_metrics_were_read_together() -> None:
+    """Bug: steps of the warm-up's own read count as done in no time, and the run as nearly over."""
+    clock = Clock()
+    progress = Progress(100, 1, io.StringIO(), clock)
+    for first_step in (1, 9, 17):
+        clock.seconds += 8 * 2.0
+        for step in range(first_step, first_step + 8):
+            clock.seconds += 1e-4
+            progress.write(metrics(step, step_seconds=2.0))
+        left = progress.seconds_left(first_step + 7)
+        assert left == (None if first_step == 1 else pytest.approx(2.0 * (100 - first_step - 7), rel=1e-3))
+
+
 def test_eta_after_a_resume_counts_the_steps_of_this_process() -> None:
     """Bug: time since the start divided by all steps makes a resumed run look hundreds of times faster."""
     clock = Clock()
