@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -26,6 +26,7 @@ from openmoe.data.shards import TOKENIZER
 from openmoe.data.tokenizer import Tokenizer
 from openmoe.launcher.entry import run_joined
 from openmoe.launcher.errors import ConfigError
+from openmoe.launcher.layout import count_ranks, describe, lay_out, place, ranks_of, rows_of_process
 from openmoe.launcher.outputs import Outputs, hold_folder, open_outputs
 from openmoe.launcher.processes import ALONE, Processes
 from openmoe.launcher.run_folder import belongs_to, resume_point, start_point
@@ -33,14 +34,12 @@ from openmoe.launcher.schema import Config
 from openmoe.model.accounting import count_flops, count_parameters
 from openmoe.optim.build import build_optimizer
 from openmoe.optim.schedules import learning_rate
-from openmoe.parallel.build import DTYPES, build, exchange_of
-from openmoe.parallel.deepspeed_pairs import check_supported
+from openmoe.parallel.build import DTYPES, build
 from openmoe.parallel.ranks import Ranks
-from openmoe.parallel.topology import GroupName, Topology, check_fit, resolve
 from openmoe.train.loop import Run, fit
 from openmoe.train.signals import StopSignals
 from openmoe.train.step import MicroBatch, host_memory, micro_batches
-from openmoe.train.throughput import PeakFlops, peak_flops
+from openmoe.train.throughput import PeakFlops, data_sheet_peak, peak_flops
 from openmoe.train.validation import validation_share
 
 NO_PEAK = PeakFlops(1.0, "")  # where nobody reads the utilisation
@@ -52,9 +51,10 @@ def main() -> None:
 
 def train(config: Config, processes: Processes = ALONE) -> None:
     """One run from its configuration to its last checkpoint; every process of the run calls it."""
-    topology = processes.agree(lambda: lay_out(config, processes.world_size, alone=processes is ALONE))
+    ranks_of_run = processes.agree(lambda: count_ranks(config, processes.world_size))
+    topology = processes.agree(lambda: lay_out(config, ranks_of_run, alone=processes is ALONE))
     total_steps = processes.agree(lambda: count_steps(config))
-    device = processes.start(config.run.device)
+    device = processes.start("cpu" if config.parallel.engine == "xla" else config.run.device)
     run_dir = Path(config.run.dir)
     resume_from = processes.agree(lambda: resume_point(config.checkpoint.resume, run_dir))
     weights_from = processes.agree(lambda: start_point(config.checkpoint.initialise_from, resume_from))
@@ -67,11 +67,11 @@ def train(config: Config, processes: Processes = ALONE) -> None:
         processes.agree(
             lambda: require_tokenizer(weights_from, read_manifest(weights_from), data.tokenizer.sha256)
         )
-    rows = topology.rows_of(processes.rank, config.train.global_batch_rows)
+    rows = rows_of_process(config, topology, processes)
     loader = processes.agree(lambda: build_loader(config, data, host_memory(device), rows))
 
     with ExitStack() as stack:
-        watchdog = stack.enter_context(processes.watchdog(partial(_ranks_of, topology, processes.rank)))
+        watchdog = stack.enter_context(processes.watchdog(partial(ranks_of, topology, processes.rank)))
         torch.manual_seed(config.run.seed)
         model, ranks = build(
             config.model, config.parallel, topology, config.train.precision, device, config.run.seed,
@@ -123,8 +123,8 @@ def train(config: Config, processes: Processes = ALONE) -> None:
                 else None
             )
         )
-        processes.open_log(run_dir, f"{device}, {_place(topology, processes.rank, rows)}")
-        peak = peak_flops(device, DTYPES[config.train.precision][1]) if outputs else NO_PEAK
+        processes.open_log(run_dir, f"{device}, {place(topology, processes.rank, rows)}")
+        peak = _peak(device, DTYPES[config.train.precision][1], ranks) if outputs else NO_PEAK
         flops = count_flops(config.model, longest_segment(config) or config.train.seq_len)
         run = Run(
             config=config.train,
@@ -152,29 +152,13 @@ def train(config: Config, processes: Processes = ALONE) -> None:
             counters=counters,
         )
         say = outputs.progress.print if outputs else processes.log.write
-        _announce(say, run, config, topology, resume_from or weights_from, peak.source, repetitions)
+        layout = describe(topology, device, ranks)
+        _announce(say, run, config, layout, resume_from or weights_from, peak.source, repetitions)
         _fit(run, stop, say, run_dir, checkpoints)
         if outputs:
             outputs.exit_code = 0
         with watchdog.pause():  # W&B may take its time
             closing.close()
-
-
-def lay_out(config: Config, world_size: int, alone: bool) -> Topology:
-    """The layout of the run's processes; raises where the model, its batch or the rest does not fit it.
-
-    `alone` is a process that nobody has started as one of a run."""
-    topology = resolve(config.parallel, world_size)
-    train = config.train
-    check_fit(topology, config.model, train.seq_len, train.global_batch_rows, train.micro_batch_rows)
-    exchange_of(config.model, config.parallel, topology)
-    match config.parallel.engine:
-        case "deepspeed":
-            frozen = train.freeze_router_at_step is not None
-            check_supported(config.parallel, config.optim, train.precision, freezes=frozen, alone=alone)
-        case "xla":
-            raise ConfigError("parallel.engine=xla: this version has torch and deepspeed")
-    return topology
 
 
 def count_steps(config: Config) -> int:
@@ -251,13 +235,16 @@ def _validation_batches(
     rows = config.train.validation_rows
     whole = loader.validation_rows(objective, source, rows)
     group_rows = config.model.group_rows if config.model.group_rule == "rows" else 1
+    if ranks.rows:
+        group_rows *= ranks.rows.data_ranks
     share = validation_share(rows, group_rows, ranks.data_rank, ranks.data_size)
     own = empty_batch(share.stop - share.start, config.train.seq_len)
     for name, array in whole.items():
         mine = array[share]
         own[name][: len(mine)] = mine
     packed = bool(whole["segment_ids"].max() > 1)
-    return micro_batches(own, config.train.micro_batch_rows, device, longest_segment(config), packed)
+    micro = config.train.micro_batch_rows
+    return micro_batches(own, micro, device, longest_segment(config), packed, ranks.rows)
 
 
 def model_identity(config: Config) -> dict[str, Any]:
@@ -289,25 +276,22 @@ def _save(
     )
 
 
-def _place(topology: Topology, rank: int, rows: slice) -> str:
-    """Where a rank stands, for its log."""
-    axes: list[GroupName] = ["replicate", "shard", "tensor", "expert_shard", "expert"]
-    coordinates = ", ".join(
-        f"{axis} {topology.coordinate(axis, rank)}/{topology.size(axis)}" for axis in axes
-    )
-    return f"{coordinates}, rows {rows.start} to {rows.stop - 1} of a batch"
-
-
-def _ranks_of(topology: Topology, rank: int, group: str) -> str:
-    members = topology.group(cast(GroupName, group), rank)
-    return f"ranks {' '.join(map(str, members))}" if len(members) <= 16 else f"{len(members)} ranks"
+def _peak(device: torch.device, dtype: torch.dtype, ranks: Ranks) -> PeakFlops:
+    """Of one rank of the layout."""
+    if ranks.rows is None:
+        return peak_flops(device, dtype)
+    known = data_sheet_peak(ranks.rows.kind, dtype)
+    if known is not None:
+        return PeakFlops(known, f"data sheet of {ranks.rows.kind}, a device")
+    host = peak_flops(device, dtype)  # virtual devices share it
+    return PeakFlops(host.per_second / ranks.rows.count, host.source)
 
 
 def _announce(
     say: Callable[[str], None],
     run: Run,
     config: Config,
-    topology: Topology,
+    layout: str,
     origin: Path | None,
     peak_source: str,
     repetitions: list[Repetition],
@@ -316,14 +300,8 @@ def _announce(
     start = "from the start"
     if origin is not None:
         start = f"resumed from {origin} (step {run.step})" if run.step else f"with the weights of {origin}"
-    layout = ""
-    if topology.world_size > 1:
-        layout = (
-            f" in {topology.world_size} processes (replicate {topology.replicate} x shard {topology.shard} x "
-            f"tensor {topology.tensor}, expert {topology.expert})"
-        )
     say(
-        f"{config.run.dir}: {parameters:,} parameters, {config.train.precision} on {run.device}{layout}, "
+        f"{config.run.dir}: {parameters:,} parameters, {config.train.precision} on {layout}, "
         f"{run.total_steps:,} steps, {start}; MFU against {peak_source}"
     )
     if config.data.repetition == "warn":

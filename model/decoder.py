@@ -16,7 +16,7 @@ from openmoe.model.dispatch import DISPATCHERS, Aside, TokenDispatcher
 from openmoe.model.groups import expert_capacity
 from openmoe.model.kv_cache import KVCache
 from openmoe.model.layers import Attention, Embedding, FeedForward, Linear, Remember, RMSNorm, rotary_table
-from openmoe.model.losses import linear_cross_entropy
+from openmoe.model.losses import HeadLoss, linear_cross_entropy
 from openmoe.model.moe import MoELayer, RoutingTrace, RowGroups, routing_trace
 from openmoe.model.router import RouterStatistics, Routing, TopKRouter
 from openmoe.model.segments import SegmentTiles
@@ -96,6 +96,7 @@ class Decoder(nn.Module):
         config: shape and routing.
         dispatcher: how tokens reach their experts; None takes `config.dispatch` on one device.
         ranks: those that share the rows of a batch and the matrices.
+        head_loss: how `token_losses` turns hidden states into losses.
 
     Parameters come uninitialised; `openmoe.model.init.initialise` fills them. `train()` and `eval()` choose
     the capacity factor. The dtype of the activations is `compute_dtype`; parameters keep their own.
@@ -107,10 +108,12 @@ class Decoder(nn.Module):
         dispatcher: TokenDispatcher | None = None,
         compute_dtype: torch.dtype = torch.float32,
         ranks: TensorRanks = ONE_RANK,
+        head_loss: HeadLoss = linear_cross_entropy,
     ) -> None:
         super().__init__()
         self.config = config
         self.ranks = ranks
+        self.head_loss = head_loss
         self.compute_dtype = compute_dtype
         dispatcher = dispatcher or DISPATCHERS[config.dispatch]
         self.embedding = Embedding(config.vocab_size, config.d_model, ranks)
@@ -187,15 +190,17 @@ class Decoder(nn.Module):
         return self.embedding.weight if self.head is None else self.head.weight
 
     def token_losses(
-        self, hidden: Tensor, positions: Tensor, targets: Tensor
+        self, hidden: Tensor, positions: Tensor | None, targets: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropy, log-partition and correctness of the tokens at `positions` of the flattened rows.
 
-        See `linear_cross_entropy`; hidden as `forward` returns it, the rest `[tokens]` int64.
+        See `linear_cross_entropy`; hidden as `forward` returns it, the rest `[tokens]` int64. Without
+        positions of all tokens, and the targets, like the results, are `[rows, seq_len]`.
         """
-        rows = self.ranks.gather_sequence(hidden)
-        chosen = rows.flatten(0, 1).index_select(0, positions)
-        return linear_cross_entropy(chosen, self.head_weight, targets, self.ranks)
+        chosen = self.ranks.gather_sequence(hidden)
+        if positions is not None:
+            chosen = chosen.flatten(0, 1).index_select(0, positions)
+        return self.head_loss(chosen, self.head_weight, targets, self.ranks)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., vocab_size]` in float32 or wider, for generation and analysis.

@@ -35,6 +35,20 @@ class Aside(Generic[Result]):
         _ = self.result
 
 
+class Constrain(Protocol):
+    def __call__(self, x: Tensor, axes: tuple[str, ...]) -> Tensor:
+        """x, whose dimensions have these logical axes (`parallel.axis_rules`), laid out as a table says."""
+
+
+def unconstrained(x: Tensor, axes: tuple[str, ...]) -> Tensor:
+    return x
+
+
+# Buffers [E, G, C, d_model] before and after the way to the experts.
+TOKENS_OF_GROUPS = ("experts_of_group", "groups", "slots", "embed")
+TOKENS_OF_EXPERTS = ("expert", "groups_of_expert", "slots", "embed")
+
+
 class TokenDispatcher(Protocol):
     def __call__(self, x: Tensor, routing: Routing, experts: Experts, aside: Aside | None = None) -> Tensor:
         """x `[G, T, d_model]` -> `[G, T, d_model]`, zero for tokens without a slot."""
@@ -104,16 +118,25 @@ class _Gather(torch.autograd.Function):
         return torch.where(kept[..., None], by_choice, 0).sum(1), None, None, None
 
 
-def einsum_dispatch(x: Tensor, routing: Routing, experts: Experts, aside: Aside | None = None) -> Tensor:
-    num_groups = x.shape[0]
-    by_expert = F.one_hot(routing.expert_index, routing.logits.shape[-1]).to(x.dtype)  # [G, T, k, E]
-    slots = torch.arange(routing.capacity, device=x.device)
-    by_slot = (routing.slot[..., None] == slots).to(x.dtype)  # [G, T, k, C]; all zero where dropped
-    dispatch = torch.einsum("gtke,gtkc->gtec", by_expert, by_slot)
-    buffers = torch.einsum("gtec,gtd->egcd", dispatch, x)
-    out = experts(buffers.flatten(1, 2)).unflatten(1, (num_groups, routing.capacity))
-    combine = torch.einsum("gtke,gtkc,gtk->gtec", by_expert, by_slot, routing.gate.to(x.dtype))
-    return torch.einsum("gtec,egcd->gtd", combine, out)
+def einsum_dispatcher(constrain: Constrain = unconstrained) -> TokenDispatcher:
+    """The GShard form. Where devices share groups and experts, `constrain` says what lies where: groups over
+    all data devices become groups of an expert over fewer, each of which has some experts. Between the two
+    lies an all-to-all, and the same on the way back."""
+
+    def dispatch(x: Tensor, routing: Routing, experts: Experts, aside: Aside | None = None) -> Tensor:
+        num_groups = x.shape[0]
+        by_expert = F.one_hot(routing.expert_index, routing.logits.shape[-1]).to(x.dtype)  # [G, T, k, E]
+        slots = torch.arange(routing.capacity, device=x.device)
+        by_slot = (routing.slot[..., None] == slots).to(x.dtype)  # [G, T, k, C]; all zero where dropped
+        dispatch = torch.einsum("gtke,gtkc->gtec", by_expert, by_slot)
+        buffers = constrain(torch.einsum("gtec,gtd->egcd", dispatch, x), TOKENS_OF_GROUPS)
+        buffers = constrain(buffers, TOKENS_OF_EXPERTS)
+        out = experts(buffers.flatten(1, 2)).unflatten(1, (num_groups, routing.capacity))
+        out = constrain(constrain(out, TOKENS_OF_EXPERTS), TOKENS_OF_GROUPS)
+        combine = torch.einsum("gtke,gtkc,gtk->gtec", by_expert, by_slot, routing.gate.to(x.dtype))
+        return torch.einsum("gtec,egcd->gtd", combine, out)
+
+    return dispatch
 
 
-DISPATCHERS: dict[str, TokenDispatcher] = {"sort": sort_dispatch, "einsum": einsum_dispatch}
+DISPATCHERS: dict[str, TokenDispatcher] = {"sort": sort_dispatch, "einsum": einsum_dispatcher()}

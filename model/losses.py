@@ -6,12 +6,16 @@ backward pass computes each tile of logits again and turns it into gradients in 
 plain way, and on a CPU still faster, because a tile stays in cache.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from openmoe.model.tensor_ranks import ONE_RANK, TensorRanks
+
+# (hidden, weight, targets, ranks) -> cross-entropy, log-partition, correctness; see `linear_cross_entropy`.
+HeadLoss = Callable[[Tensor, Tensor, Tensor, TensorRanks], tuple[Tensor, Tensor, Tensor]]
 
 TILE_BYTES = 32 * 2**20  # of float32 logits; the passes hold about three such tiles
 

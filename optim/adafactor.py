@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openmoe.optim.adafactor_expression import updated
 from openmoe.optim.config import AdafactorConfig
 from openmoe.optim.factor_rules import FactorRule
 from openmoe.optim.shards import Shards, SideGroups, side_groups
@@ -114,6 +115,10 @@ class Adafactor(torch.optim.Optimizer):
         """Updates every parameter that has a gradient, with the learning rate of its group."""
         for group in self.param_groups:
             beta2 = second_moment_decay(group["step"], self.config.decay_rate)
+            group["step"] += 1
+            if self._has_compiler(group["params"]):
+                self._replace(group["params"], beta2, group["lr"])
+                continue
             updates = [self._begin(param) for param in group["params"] if param.grad is not None]
             for update in updates:
                 self._sum_squares(update)
@@ -123,7 +128,19 @@ class Adafactor(torch.optim.Optimizer):
             self._sum_over_ranks(part for update in updates for part in update.sums_before_write())
             for update in updates:
                 self._write(update, group["lr"])
-            group["step"] += 1
+
+    def _has_compiler(self, params: list[Tensor]) -> bool:
+        """A device for which whole tensors are the right tiles, and whose layout needs no `shards`."""
+        return self.shards is None and all(param.device.type == "xla" for param in params)
+
+    def _replace(self, params: list[Tensor], beta2: float, learning_rate: float) -> None:
+        for param in params:
+            if param.grad is not None:
+                rule, state = self.layouts[param][0], self.state[param]
+                new = updated(param, param.grad, state, rule, self.config, beta2, learning_rate)
+                param.copy_(new.param)
+                for key, value in new.state.items():
+                    state[key].copy_(value)
 
     def _begin(self, param: Tensor) -> _Update:
         rule, groups = self.layouts[param]

@@ -20,6 +20,7 @@ from openmoe.parallel.meshes import build_meshes
 from openmoe.parallel.parallelize import Sharding, cut, initialise_shards, parallelize, prepare_blocks
 from openmoe.parallel.placement import parameter_layouts, whole_on_data_ranks
 from openmoe.parallel.ranks import FsdpRanks, OneProcess, Ranks
+from openmoe.parallel.spmd import build_spmd
 from openmoe.parallel.topology import Topology, TopologyError
 from openmoe.parallel.watchdog import GRACE_SECONDS
 
@@ -44,9 +45,12 @@ def build(
     """The model with its initial values, and what training needs of the other processes.
 
     With a process group each rank builds its own part, also where there is but one rank; without one the
-    model is whole. Nothing is materialised before its final place is known. `observe` is told of each
-    collective, `beat` of each forward pass.
+    model is whole. Under XLA a process has the devices of its host. Nothing is materialised before its final
+    place is known, but for one parameter at a time under XLA. `observe` is told of each collective, `beat` of
+    each forward pass.
     """
+    if parallel.engine == "xla":
+        return build_spmd(config, parallel, topology, DTYPES[precision], seed, observe)
     if not dist.is_initialized():
         model = build_decoder(config, precision, device, seed)
         prepare_blocks(model, parallel.recompute, parallel.compile)

@@ -27,6 +27,16 @@ class SentNumbers:
     own: Sequence[float]  # of this process, on the host
 
 
+@dataclass(frozen=True)
+class RowDevices:
+    """The devices over which a process spreads its rows, where it has many."""
+
+    kind: str  # "TPU v3", "CPU"
+    count: int
+    data_ranks: int  # as many parts have its rows
+    put: Callable[[Tensor], Tensor]  # [rows, ...] of the host -> over the devices
+
+
 class Ranks(Protocol):
     """The processes of a run, seen from one of them."""
 
@@ -42,6 +52,14 @@ class Ranks(Protocol):
 
     @property
     def data_size(self) -> int: ...
+
+    @property
+    def rows(self) -> RowDevices | None:
+        """Where the rows of this process go, if it has more than one device."""
+
+    @property
+    def loss_terms(self) -> int:
+        """As many terms has the sum over the ranks of a loss."""
 
     @property
     def counts_loss(self) -> bool:
@@ -109,6 +127,8 @@ class OneProcess:
 
     rank, world_size = 0, 1
     data_rank, data_size = 0, 1
+    rows = None
+    loss_terms = 1
     counts_loss = True
     shards = None
 
@@ -161,6 +181,8 @@ class OneProcess:
 class ShardedRanks:
     """One of several processes, each with a part of the model by the tables of `placement`."""
 
+    rows = None
+
     def __init__(
         self,
         topology: Topology,
@@ -171,7 +193,7 @@ class ShardedRanks:
         world = groups["world"]
         self.rank, self.world_size = world.rank, world.size
         self.data_rank = topology.coordinate("data", self.rank)
-        self.data_size = topology.size("data")
+        self.data_size = self.loss_terms = topology.size("data")
         self.counts_loss = topology.coordinate("tensor", self.rank) == 0
         self.topology = topology
         self.layouts = layouts

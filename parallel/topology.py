@@ -82,22 +82,20 @@ class Topology:
         return self.replicate, self.expert_shard, self.expert
 
     def xla_shape(self) -> tuple[int, int, int]:
-        """Axes (data, expert, model) of one mesh with both grids; devices 0, 1, 2, ... fill it row by row.
+        """Axes (data, expert, model) of one mesh; devices 0, 1, 2, ... fill it row by row.
 
-        Rows lie along (data, expert) and dense matrices along model, so these are `data` and `tensor`.
-        Experts lie along (expert, model), so these are `expert`, and data is `expert_data`; with
-        parallel.expert=1 they lie along no axis.
+        Rows lie along (data, expert) and dense matrices along model. Experts lie along expert and their
+        hidden units along model: each belongs to a whole tensor group, while tensor ranks that are processes
+        hold different experts.
 
-        Raises TopologyError where the expert group is a part of a tensor group or cuts across it: such grids
-        have no common three axes.
+        Raises TopologyError where experts would be spread over more than the ranks that read different rows.
         """
-        if self.expert != 1 and self.expert % self.tensor:
+        if self.shard % self.expert:
             raise TopologyError(
-                f"parallel.expert={self.expert}: allowed 1 or a multiple of parallel.tensor={self.tensor} "
-                f"with parallel.engine=xla"
+                f"parallel.expert={self.expert}: allowed a divisor of parallel.shard={self.shard} with "
+                f"parallel.engine=xla: {_divisors(self.shard)}"
             )
-        expert = max(1, self.expert // self.tensor)
-        return self.replicate * self.shard // expert, expert, self.tensor
+        return self.replicate * self.shard // self.expert, self.expert, self.tensor
 
     def _size_and_stride(self, name: GroupName) -> tuple[int, int]:
         """Ranks of a group and the distance between neighbours; the axes of a group are adjacent."""

@@ -69,7 +69,7 @@ def _add_tokens(
     targets = micro.batch.target_tokens.flatten()
     weights = micro.batch.loss_weights.flatten().double()
     step = max(1, LOGITS_AT_ONCE // first.config.vocab_size)
-    for positions in micro.loss_positions.split(step):
+    for positions in weights.nonzero()[:, 0].split(step):
         logits = [
             model.logits(hidden[positions]).double() for model, hidden in ((first, before), (second, after))
         ]

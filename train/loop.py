@@ -130,6 +130,7 @@ def _update(run: Run, stop: StopSignals) -> _Update:
         run.device,
         run.longest_segment,
         packed=run.longest_segment is not None,
+        spread=run.ranks.rows,
     )
     result = train_step(run.model, run.optimizer, micro, batch.loss_tokens, rate, run.config, run.ranks)
     own = {

@@ -13,16 +13,17 @@ from openmoe.model.decoder import Decoder
 from openmoe.model.router import RouterStatistics
 from openmoe.model.segments import SegmentTiles, tile_index
 from openmoe.optim.build import set_learning_rate
-from openmoe.parallel.ranks import Ranks
+from openmoe.parallel.ranks import Ranks, RowDevices
 from openmoe.train.config import TrainConfig
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows on the device; only the `loss_positions` (index into the flattened rows) reach the head."""
+    """Rows on the device; only the `loss_positions` (index into the flattened rows) reach the head, all
+    positions where there are none."""
 
     batch: Batch
-    loss_positions: Tensor
+    loss_positions: Tensor | None
 
 
 def host_memory(device: torch.device) -> AllocateBytes:
@@ -41,6 +42,7 @@ def micro_batches(
     device: torch.device,
     longest_segment: int | None = None,
     packed: bool | None = None,
+    spread: RowDevices | None = None,
 ) -> list[MicroBatch]:
     """Contiguous blocks of rows of a host batch (keys of `model.batch.Batch`, `[rows, seq_len]`).
 
@@ -51,9 +53,11 @@ def micro_batches(
         packed: whether a row of the whole batch holds two examples; None where these are all its rows.
         longest_segment: the most positions an example may take; attention then runs over tiles of this width,
             one example each, whatever the length of the rows. None: over whole rows.
+        spread: the devices of this process where rows are spread over many; each takes `micro_batch_rows` at
+            a time. Their program is compiled, so nothing in a batch may depend on what its rows hold.
     """
     rows = len(arrays["input_tokens"])
-    size = rows if micro_batch_rows == -1 else micro_batch_rows
+    size = rows if micro_batch_rows == -1 else micro_batch_rows * (spread.data_ranks if spread else 1)
     if packed is None:
         packed = bool(arrays["segment_ids"].max() > 1)
     return [
@@ -62,16 +66,22 @@ def micro_batches(
             packed,
             longest_segment,
             device,
+            spread,
         )
         for start in range(0, rows, size)
     ]
 
 
 def _micro_batch(
-    arrays: dict[str, np.ndarray], packed: bool, longest_segment: int | None, device: torch.device
+    arrays: dict[str, np.ndarray],
+    packed: bool,
+    longest_segment: int | None,
+    device: torch.device,
+    spread: RowDevices | None,
 ) -> MicroBatch:
     def on_device(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+        rows = torch.from_numpy(np.ascontiguousarray(array))
+        return spread.put(rows) if spread else rows.to(device, non_blocking=True)
 
     tiles = None
     if longest_segment is not None:
@@ -81,11 +91,11 @@ def _micro_batch(
         on_device(arrays["target_tokens"]).long(),
         on_device(arrays["loss_weights"]).float(),
         segment_ids=on_device(arrays["segment_ids"]) if packed else None,
-        prefix_mask=on_device(arrays["prefix_mask"]) if arrays["prefix_mask"].any() else None,
+        prefix_mask=on_device(arrays["prefix_mask"]) if spread or arrays["prefix_mask"].any() else None,
         source_ids=on_device(arrays["source_ids"]),
         tiles=tiles,
     )
-    return MicroBatch(batch, on_device(np.flatnonzero(arrays["loss_weights"])))
+    return MicroBatch(batch, None if spread else on_device(np.flatnonzero(arrays["loss_weights"])))
 
 
 @dataclass(frozen=True)
@@ -102,9 +112,11 @@ class LossSums:
 def loss_sums(model: Decoder, micro: MicroBatch) -> LossSums:
     """Forward pass and loss of one micro-batch, nothing normalised yet."""
     out = model(micro.batch)
-    targets = micro.batch.target_tokens.flatten().index_select(0, micro.loss_positions)
+    targets, weights = micro.batch.target_tokens, micro.batch.loss_weights
+    if micro.loss_positions is not None:
+        targets, weights = (x.flatten().index_select(0, micro.loss_positions) for x in (targets, weights))
     nll, log_z, correct = model.token_losses(out.hidden, micro.loss_positions, targets)
-    weights = micro.batch.loss_weights.flatten().index_select(0, micro.loss_positions).to(nll.dtype)
+    weights = weights.to(nll.dtype)
     return LossSums(
         lm=(nll * weights).sum(),
         z=(log_z.square() * weights).sum(),
@@ -159,7 +171,7 @@ def train_step(
         if config.loss_normalization == "per_microbatch":
             # Each block stands for itself and the sum is taken, not the mean (facts 2.5).
             weight, blocks = _over_ranks(sums.weight, ranks).clamp(min=1), 1
-        groups = max(1, sum(s.num_groups for s in sums.router)) * blocks * ranks.data_size
+        groups = max(1, sum(s.num_groups for s in sums.router)) * blocks * ranks.loss_terms
         parts = {
             "lm_loss": sums.lm / weight,
             "z_loss": sums.z / weight,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 # Dense peak in FLOP/s of one device, from NVIDIA's data sheets: (name contains, bfloat16, float32 without
-# TF32). The first match counts, so special forms come before the plain name.
+# TF32). The first match counts, so special forms come before the plain name. Of TPUs from Google's pages: v2
+# and v3 have two devices a chip, and float32 is not stated.
 DATA_SHEET = (
     ("H200 NVL", 835e12, 60e12),
     ("H200", 989.5e12, 67e12),
@@ -17,6 +18,9 @@ DATA_SHEET = (
     ("A100", 312e12, 19.5e12),
     ("GB200", 2500e12, 80e12),
     ("B200", 2250e12, 75e12),
+    ("TPU v2", 22.5e12, 0),
+    ("TPU v3", 61.5e12, 0),
+    ("TPU v4", 275e12, 0),
 )
 
 
@@ -43,11 +47,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> PeakFlops:
 
 
 def data_sheet_peak(name: str, dtype: torch.dtype) -> float | None:
-    """FLOP/s of the CUDA device called `name`; None where the table has no figure."""
+    """FLOP/s of the device called `name`; None where the table has no figure."""
     column = {torch.bfloat16: 1, torch.float32: 2}.get(dtype)
     for row in DATA_SHEET:
         if column and row[0] in name:
-            return float(row[column])
+            return float(row[column]) or None
     return None
 
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 from openmoe.model import losses
 from openmoe.model.losses import linear_cross_entropy
+from openmoe.model.losses_by_position import positions_head_loss
+from openmoe.model.tensor_ranks import ONE_RANK
 
 
 def plain(hidden, weight, targets):
@@ -48,6 +50,38 @@ def test_first_of_equal_logits_is_the_guess():
     assert correct.tolist() == [True, False, False]
 
 
+@pytest.mark.parametrize("positions", [1, 4, 11])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_tiles_of_positions_equal_the_plain_form(positions, dtype):
+    """A slip at a tile's edge or in either gradient; a gradient of the weight that is summed in bfloat16."""
+    generator = torch.Generator().manual_seed(positions)
+    hidden = torch.randn(3, 11, 16, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(50, 16, generator=generator, dtype=torch.float64).to(dtype)
+    targets = torch.randint(50, (3, 11), generator=generator)
+    scale = torch.randn(2, 33, generator=generator, dtype=torch.float64)
+    by_position = positions_head_loss(4 * positions * 3 * 50)
+    found = []
+    for function in (plain, lambda h, w, t: by_position(h.unflatten(0, (3, 11)), w, targets, ONE_RANK)):
+        h = hidden.flatten(0, 1).clone().requires_grad_()
+        w = weight.to(torch.promote_types(dtype, torch.float32)).clone().requires_grad_()
+        results = [x.flatten() for x in function(h, w, targets.flatten())]
+        (results[0] * scale[0] + results[1].square() * scale[1]).sum().backward()
+        found.append((*results, h.grad, w.grad))
+    wide = dtype == torch.float64
+    assert found[1][0].dtype == (torch.float64 if wide else torch.float32)
+    for ours, reference in zip(found[1], found[0], strict=True):
+        largest = reference.double().abs().max()
+        error = (ours.double() - reference.double()).abs().max()
+        assert error <= (1e-10 if wide else 2e-2) * max(1.0, largest)
+
+
+def test_first_of_equal_logits_is_the_guess_in_tiles_of_positions():
+    """See above; without an argmax the places of equal logits have to be compared."""
+    hidden, weight = torch.ones(1, 3, 2), torch.ones(5, 2)
+    *_, correct = positions_head_loss(1)(hidden, weight, torch.tensor([[0, 1, 4]]), ONE_RANK)
+    assert correct.tolist() == [[True, False, False]]
+
+
 def test_no_loss_tokens():
     """A micro-batch of padding has no loss position at all; its gradient must be zero, not an error."""
     hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
@@ -59,6 +93,8 @@ def test_no_loss_tokens():
 MEMORY_SCRIPT = """
 import resource, sys, torch
 from openmoe.model.losses import linear_cross_entropy
+from openmoe.model.losses_by_position import positions_head_loss
+from openmoe.model.tensor_ranks import ONE_RANK
 d_model, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
 def mib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from openmoe.optim import adafactor
 from openmoe.optim.adafactor import second_moment_decay
+from openmoe.optim.adafactor_expression import updated
 from openmoe.optim.build import build_optimizer, set_learning_rate
 from openmoe.optim.config import AdafactorConfig, AdamWConfig
 
@@ -41,6 +42,27 @@ def run(params: dict[str, Tensor], optimizer: torch.optim.Optimizer, steps: rang
             param.grad = g.to(param.device, param.dtype)
         set_learning_rate(optimizer, 0.01)
         optimizer.step()
+
+
+def test_expression_equals_tiles() -> None:
+    """Bug: the form for compilers reduces over other dimensions, or swaps the factors, of one kind of
+    parameter, so that a run on another device is another training."""
+    tiled, whole = parameters(torch.float64), parameters(torch.float64)
+    optimizer = build_optimizer(CONFIG, tiled.items())
+    state = {
+        param: {key: value.clone() for key, value in optimizer.state[param].items()}
+        for param in tiled.values()
+    }
+    for step in range(3):
+        run(tiled, optimizer, range(step, step + 1))
+        for name, param in tiled.items():
+            rule = optimizer.layouts[param][0]
+            beta2 = second_moment_decay(step, CONFIG.decay_rate)
+            new = updated(whole[name].detach(), param.grad, state[param], rule, CONFIG, beta2, 0.01)
+            whole[name], state[param] = new
+            torch.testing.assert_close(new.param, param.detach(), rtol=1e-12, atol=1e-14)
+            for key, value in optimizer.state[param].items():
+                torch.testing.assert_close(new.state[key], value, rtol=1e-12, atol=0.0)
 
 
 def reference(p: Tensor, g: Tensor, state: dict, step: int, lr: float, factored: bool) -> Tensor:

@@ -196,19 +196,18 @@ def test_each_expert_has_its_ranks(topology: Topology, experts_per_rank: int) ->
 
 @given(topologies())
 @settings(max_examples=60, deadline=None)
-def test_one_xla_mesh_holds_both_grids(topology: Topology) -> None:
-    """Catches devices of the XLA mesh that hold other rows or experts than the same rank under torch."""
-    if topology.expert > 1 and topology.expert % topology.tensor:
-        with pytest.raises(
-            TopologyError, match=rf"allowed 1 or a multiple of parallel\.tensor={topology.tensor} "
-        ):
+def test_one_xla_mesh_holds_rows_matrices_and_experts(topology: Topology) -> None:
+    """Catches devices of the XLA mesh that read other rows than the same rank under torch, and experts that
+    would be spread over tensor ranks, each of which holds a slice of all of its group's."""
+    if topology.shard % topology.expert:
+        with pytest.raises(TopologyError, match=rf"a divisor of parallel\.shard={topology.shard} with"):
             topology.xla_shape()
         return
     mesh = np.arange(topology.world_size).reshape(topology.xla_shape())
     names: dict[GroupName, tuple[int, ...]] = {"tensor": (2,), "data": (0, 1)}
-    names |= {"expert": (1, 2), "expert_data": (0,)} if topology.expert > 1 else {"expert_data": (0, 1, 2)}
     for name, axes in names.items():
         assert [list(group) for group in topology.groups(name)] == along(mesh, axes), name
+    assert mesh.shape[1] == topology.expert
 
 
 DEGREE = st.integers(1, 6)

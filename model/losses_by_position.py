@@ -1,0 +1,80 @@
+"""Head, cross-entropy and log-partition in tiles of positions: static shapes, and any part of the vocabulary.
+
+What `model.losses` does for one device, in the form that a partitioning compiler needs: a tile has some
+positions of every row and the whole vocabulary, so that devices may share rows and vocabulary as they like,
+and no index but a comparison picks the target's logit.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openmoe.model.dispatch import Constrain, unconstrained
+from openmoe.model.losses import HeadLoss
+from openmoe.model.tensor_ranks import TensorRanks
+
+LOGITS = ("rows", "positions", "vocab")
+
+
+def positions_head_loss(tile_bytes: int, constrain: Constrain = unconstrained) -> HeadLoss:
+    """`linear_cross_entropy` for whole rows: hidden `[rows, seq_len, d_model]`, targets and results `[rows,
+    seq_len]`. A tile's float32 logits take `tile_bytes` at most, on all devices together; the passes hold
+    about three such tiles."""
+    return partial(_loss, tile_bytes, constrain)
+
+
+def _loss(
+    tile_bytes: int, constrain: Constrain, hidden: Tensor, weight: Tensor, targets: Tensor, _: TensorRanks
+) -> tuple[Tensor, Tensor, Tensor]:
+    positions = max(1, tile_bytes // (4 * len(hidden) * len(weight)))
+    return _LossByPosition.apply(hidden, weight, targets, positions, constrain)
+
+
+class _LossByPosition(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, tile_positions: int, constrain: Constrain
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        matrix = weight.to(hidden.dtype).t()
+        vocabulary = torch.arange(len(weight), device=weight.device)
+        nll, log_z, correct = [], [], []
+        for x, target in zip(hidden.split(tile_positions, 1), targets.split(tile_positions, 1), strict=True):
+            logits = constrain((x @ matrix).to(wide), LOGITS)
+            best = logits.amax(-1)
+            tile_log_z = best + (logits - best[..., None]).exp().sum(-1).log()
+            is_target = vocabulary == target[..., None]
+            target_logit = torch.where(is_target, logits, 0).sum(-1)
+            # Of equal ones the first counts as the guess.
+            earlier = (logits == best[..., None]) & (vocabulary < target[..., None])
+            correct.append((target_logit == best) & ~earlier.any(-1))
+            nll.append(tile_log_z - target_logit)
+            log_z.append(tile_log_z)
+        ctx.tile_positions, ctx.constrain = tile_positions, constrain
+        log_z_of_rows = torch.cat(log_z, 1)
+        ctx.save_for_backward(hidden, weight, targets, log_z_of_rows)
+        of_rows = torch.cat(correct, 1)
+        ctx.mark_non_differentiable(of_rows)
+        return torch.cat(nll, 1), log_z_of_rows, of_rows
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, grad_log_z: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, log_z = ctx.saved_tensors
+        matrix = weight.to(hidden.dtype)
+        vocabulary = torch.arange(len(weight), device=weight.device)
+        # d loss / d logit = p - onehot(target); d log_z / d logit = p.
+        factor = (grad_loss + grad_log_z)[..., None]
+        parts = (hidden, targets, log_z, factor, grad_loss)
+        tiles = zip(*(x.split(ctx.tile_positions, 1) for x in parts), strict=True)
+        grad_hidden = []
+        grad_weight = torch.zeros_like(weight)
+        for x, target, tile_log_z, tile_factor, tile_grad_loss in tiles:
+            logits = ctx.constrain((x @ matrix.t()).to(log_z.dtype), LOGITS)
+            grad = (logits - tile_log_z[..., None]).exp() * tile_factor
+            grad = torch.where(vocabulary == target[..., None], grad - tile_grad_loss[..., None], grad)
+            grad = ctx.constrain(grad, LOGITS).to(hidden.dtype)
+            grad_hidden.append(grad @ matrix)
+            grad_weight += torch.einsum("rpv,rpd->vd", grad, x)
+        return torch.cat(grad_hidden, 1), grad_weight, None, None, None

@@ -1,0 +1,115 @@
+"""torch_xla, and nothing else imports it: all devices of a run as one mesh that a compiler partitions (SPMD).
+
+One process a host traces a program over global tensors; GSPMD cuts it along the mesh and puts the collectives
+in. What lies where is said by logical axes (`axis_rules`). Operations only record a program, which `sync`
+compiles, once for each shape it has, and runs.
+"""
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+from torch import Tensor
+
+from openmoe.parallel.axis_rules import MESH_AXES, Spec, spec_of
+from openmoe.parallel.topology import Topology, TopologyError
+
+
+def start() -> int:
+    """Takes this host's devices for the process; the number of devices of all hosts.
+
+    To be called before any backward pass: torch_xla dies in the first of its own where the CPU has had one
+    before it.
+
+    Raises TopologyError where torch_xla is not installed, or finds no device.
+    """
+    if importlib.util.find_spec("torch_xla") is None:
+        raise TopologyError(
+            "parallel.engine=xla: torch_xla is not installed in this environment (extra: tpu; `make "
+            "test-xla` builds one); allowed without it: torch, deepspeed"
+        )
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # else each compilation warns that GSPMD has an heir
+    import torch_xla
+    import torch_xla.backends
+    import torch_xla.runtime as xr
+
+    logging.getLogger(torch_xla.backends.__name__).setLevel(logging.ERROR)  # it warns of any precision
+    try:
+        xr.use_spmd()
+        torch_xla.device()
+        # A TPU multiplies float32 matrices as bfloat16 unless told otherwise. Activations that are to be
+        # bfloat16 are so by themselves; what is still float32 (the router) is meant to be.
+        torch_xla.backends.set_mat_mul_precision("highest")
+        return int(xr.global_runtime_device_count())
+    except RuntimeError as error:
+        raise TopologyError(f"parallel.engine=xla: no device: {str(error).splitlines()[0]}") from None
+
+
+class Spmd:
+    """The mesh of a run: where tensors lie on it, and when its program runs."""
+
+    def __init__(self, topology: Topology) -> None:
+        """Raises TopologyError where the devices are not those of the topology, or tensor ranks would be on
+        several hosts."""
+        import torch_xla
+        import torch_xla.distributed.spmd as xs
+        import torch_xla.runtime as xr
+        from torch_xla._internal import tpu
+
+        devices = int(xr.global_runtime_device_count())
+        if devices != topology.world_size:
+            raise TopologyError(
+                f"a layout of {topology.world_size} devices over {devices} of them: allowed the same number"
+            )
+        self.here = here = int(xr.addressable_runtime_device_count())
+        if here % topology.tensor:
+            raise TopologyError(
+                f"parallel.tensor={topology.tensor}: allowed a divisor of the {here} devices of a host with "
+                "parallel.engine=xla"
+            )
+        self.devices, self.hosts = devices, devices // here
+        self.data_ranks_here = here // topology.tensor
+        self.device = torch_xla.device()
+        self.kind = f"TPU v{tpu.version()}" if xr.device_type() == "TPU" else str(xr.device_type())
+        self.mesh = xs.Mesh(np.arange(devices), topology.xla_shape(), MESH_AXES)
+
+    def put(self, tensor: Tensor, spec: Spec, each_host_has_a_part: bool = False) -> Tensor:
+        """A host tensor over the devices; where each host has a part they follow each other in the first
+        dimension."""
+        import torch_xla.core.xla_model as xm
+        import torch_xla.distributed.spmd as xs
+
+        parts = each_host_has_a_part and self.hosts > 1
+        sharding = xs.ShardingSpec(self.mesh, spec, minibatch=parts)
+        return cast(Tensor, xm.send_cpu_data_to_device(tensor, self.device, sharding)[0])
+
+    def constrain(self, x: Tensor, axes: tuple[str, ...]) -> Tensor:
+        """`model.dispatch.Constrain`: x and, in the backward pass, its gradient lie as the axes say."""
+        import torch_xla.distributed.spmd as xs
+
+        return xs.mark_sharding_with_gradients(x, self.mesh, spec_of(axes))
+
+    def mark(self, tensor: Tensor, spec: Spec) -> None:
+        """The tensor, which has no place of its own yet, is to lie so."""
+        import torch_xla
+        import torch_xla.distributed.spmd as xs
+
+        if torch_xla._XLAC._get_xla_sharding_spec(tensor) == "":
+            xs.mark_sharding(tensor, self.mesh, spec)
+
+    def sync(self) -> None:
+        """Runs what was recorded, without waiting for it."""
+        import torch_xla
+
+        torch_xla.sync()
+
+    def recompute(self, function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+        """The function, which takes and gives tensors, run again in its backward pass. Torch's own way would
+        be undone by the compiler, which sees that both runs are the same; here a barrier keeps them apart."""
+        from torch_xla.utils.checkpoint import checkpoint
+
+        return partial(checkpoint, function, preserve_rng_state=False)
