@@ -98,9 +98,9 @@ class JoinedProcesses(Processes):
         `start_timeout_seconds` is for coming together, `timeout_seconds` for each collective.
         """
         self.rank, self.world_size, self.local_rank = place.rank, place.world_size, place.local_rank
-        self.restarted = place.attempt != "0"
         self.log = NO_LOG
         self._meeting = Meeting(place, start_timeout_seconds)
+        self.restarted = self._meeting.restarted
         self._start_timeout = timedelta(seconds=start_timeout_seconds)
         self._timeout_seconds = timeout_seconds
         self._group: dist.ProcessGroup | None = None  # for agreeing, once there are groups

@@ -1,13 +1,17 @@
 """How the processes of a run find each other: their places from the environment, and a store they share."""
 
 import errno
+import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from typing import Any
 
 import torch.distributed as dist
 
@@ -40,7 +44,7 @@ class Place:
     address: str
     port: int
     store_is_there: bool  # torchrun keeps one at this address; otherwise rank 0 does
-    attempt: str = "0"  # torchrun starts a run again with the same store
+    attempt: str = "0"  # starts of this node's processes before this one, as its torchrun counts them
 
     @property
     def endpoint(self) -> str:
@@ -91,6 +95,12 @@ class Meeting:
     """The processes that have met: a store that all can read, for few and small messages.
 
     It needs no process group, so it serves before there is one and after a collective has failed.
+
+    torchrun starts lost processes again with the same store, each node in its own time and with a count of
+    its own. So one start of all of them, a life, has a name that its rank 0 makes up and writes on the store.
+    The others sign up for the life that stands there, and for the next one where that is over. When all ranks
+    have signed, rank 0 writes who is in: of each rank the process that signed last. One that it does not
+    name, as it came to an old life or has been started again meanwhile, waits for a later life.
     """
 
     def __init__(self, place: Place, seconds: float) -> None:
@@ -100,13 +110,20 @@ class Meeting:
         """
         self.place = place
         self.seconds = seconds
+        self.restarted = False  # a life was there before
         self._exchanges = 0
+        self._name = uuid.uuid4().hex[:12]  # of this process
         deadline = time.monotonic() + seconds
         self._server, client = _open_store(place, deadline, seconds)
-        # torchrun's store outlives the processes. When nodes come or go it does not count that as an attempt.
-        life = f"{place.attempt}/{place.world_size}" if place.store_is_there else place.attempt
-        self._store = dist.PrefixStore(f"openmoe/{life}", client)
-        self._meet(deadline)
+        self._lives = dist.PrefixStore("openmoe", client)
+        self._store: dist.Store = self._lives  # from `_sign_up` on, a life's part
+        try:
+            self._meet(deadline)
+        except dist.DistError as error:
+            whose = "torchrun" if place.store_is_there else "rank 0"
+            raise ConfigError(
+                f"{place.endpoint}: {whose}, which opens it, has gone before all were here: {reason(error)}"
+            ) from None
 
     def store(self, name: str) -> dist.Store:
         """A part of the store for others to use."""
@@ -163,46 +180,112 @@ class Meeting:
             pass
 
     def _meet(self, deadline: float) -> None:
-        place, store = self.place, self._store
-        try:
-            store.add("entered", 1)  # whatever rank it has
-            if store.add(f"here/{place.rank}", 1) > 1:
-                self._give_up(f"RANK={place.rank}: two processes have it; allowed one")
-            elif store.add("here", 1) == place.world_size and store.add("verdicts", 1) == 1:
-                store.set("verdict", "")
-            if not self._appears("verdict", deadline):
-                size = place.world_size
-                missing = [rank for rank in range(size) if not store.check([f"here/{rank}"])]
-                self._give_up(
-                    f"WORLD_SIZE={size}: {size - len(missing)} of {size} processes came within "
+        """Returns when this process is in a life, whose part of the store `_store` is then."""
+        place = self.place
+        if place.rank == 0:
+            before, own = self._last_life(), f"{place.world_size}-{self._name}"
+            self._sign_up(own)
+            self._lives.set("life", own)
+            self._is_in(own, deadline, before)
+            return
+        over = ""
+        while life := self._await(partial(self._other_life, over), deadline):
+            if self._sign_up(life) and self._is_in(life, deadline):
+                return
+            if not place.store_is_there:  # there is only one life
+                raise ConfigError(f"RANK={place.rank}: two processes have it; allowed one")
+            over = life
+        line = (
+            f"WORLD_SIZE={place.world_size}: rank 0 has not come within {self.seconds:g} seconds "
+            "(parallel.start_timeout_seconds)"
+        )
+        speaks = self._lives.add(f"no life after {over}/{place.attempt}", 1) == 1
+        raise AgreedFailure(Failure(2, line), speaks)
+
+    def _last_life(self) -> str:
+        """Of which a rank 0 has written; "" before the first."""
+        return self._lives.get("life").decode() if self._lives.check(["life"]) else ""
+
+    def _other_life(self, life: str) -> str:
+        """The last one, "" where that is `life`."""
+        last = self._last_life()
+        return "" if last == life else last
+
+    def _sign_up(self, life: str) -> bool:
+        """False where the life is none for this process."""
+        place = self.place
+        size = life.partition("-")[0]
+        if size != str(place.world_size):
+            if place.store_is_there:
+                return False
+            raise ConfigError(f"WORLD_SIZE={place.world_size}: rank 0 has {size}; allowed the same on all")
+        self._store = dist.PrefixStore(life, self._lives)
+        if place.store_is_there and self._store.check(["verdict"]):
+            return False  # all have met, or failed, before this process came
+        self._store.add("entered", 1)
+        # torchrun gives each rank once, and may start it again where one that has signed is gone.
+        if not place.store_is_there and self._store.add(f"times/{place.rank}", 1) > 1:
+            self._decide(failure=f"RANK={place.rank}: two processes have it; allowed one")
+        else:
+            self._store.set(f"here/{place.rank}", f"{self._name} {place.attempt}")
+        return True
+
+    def _is_in(self, life: str, deadline: float, before: str = "") -> bool:
+        """Waits until it is decided who is in, which rank 0 does; `before` is the life that it has found.
+
+        False where this process isn't, or where a later life has begun. Raises AgreedFailure.
+        """
+        size, rank = self.place.world_size, self.place.rank
+        here = [f"here/{other}" for other in range(size)]
+
+        def look() -> str:
+            if self._store.check(["verdict"]):
+                return "decided"
+            if rank == 0:
+                return "complete" if self._store.check(here) else ""
+            return self._other_life(life) and "over"
+
+        match self._await(look, deadline):
+            case "over":
+                return False
+            case "complete":
+                signed = [name.decode().split() for name in self._store.multi_get(here)]
+                restarted = before != "" or any(attempt != "0" for _, attempt in signed)
+                self._decide(members=[name for name, _ in signed], restarted=restarted)
+            case "":
+                missing = [other for other in range(size) if not self._store.check([here[other]])]
+                missing = missing or [0]  # it has signed, and is gone
+                self._decide(
+                    failure=f"WORLD_SIZE={size}: {size - len(missing)} of {size} processes came within "
                     f"{self.seconds:g} seconds (parallel.start_timeout_seconds); missing: "
                     f"{rank_list(missing)}"
                 )
-            verdict = store.get("verdict").decode()
-        except dist.DistError as error:
-            raise ConfigError(
-                f"{place.endpoint}: rank 0, which opens it, has gone before all were here: {reason(error)}"
-            ) from None
-        if verdict:
+        verdict = json.loads(self._store.get("verdict"))
+        if "failure" in verdict:
             self.close()
-            raise AgreedFailure(Failure(2, verdict), speaks=False)
+            raise AgreedFailure(Failure(2, verdict["failure"]), speaks=verdict["by"] == self._name)
+        self.restarted = verdict["restarted"]
+        return bool(verdict["members"][rank] == self._name)
 
-    def _give_up(self, line: str) -> None:
-        """Unless another process has decided already, all leave with this line."""
+    def _decide(self, **verdict: Any) -> None:
+        """Unless another process has done so already."""
         if self._store.add("verdicts", 1) == 1:
-            self._store.set("verdict", line)
-            self.close()
-            raise AgreedFailure(Failure(2, line), speaks=True)
-        self._appears("verdict", _soon())
+            self._store.set("verdict", json.dumps({"by": self._name, **verdict}))
+        else:
+            self._appears("verdict", _soon())
 
     def _appears(self, key: str, deadline: float) -> bool:
+        return self._await(lambda: key if self._store.check([key]) else "", deadline) != ""
+
+    def _await(self, look: Callable[[], str], deadline: float) -> str:
+        """What `look` finds; "" where it is still nothing at the deadline."""
         pause, longest = _LOOK_SECONDS
-        while not self._store.check([key]):
+        while not (found := look()):
             if time.monotonic() >= deadline:
-                return False
+                return ""
             time.sleep(pause)
             pause = min(2 * pause, longest)
-        return True
+        return found
 
 
 def rank_list(ranks: list[int]) -> str:

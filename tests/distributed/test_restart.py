@@ -6,13 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.launcher.conftest import SMALL, lines, made_up_documents, write_source
+from tests.launcher.test_processes import free_port
 
 STEPS = 30
 SECONDS = 400
@@ -35,14 +37,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
+ONE_NODE = ("--nproc-per-node=2", "--rdzv-endpoint=localhost:0", "--max-restarts=2")
+
+
 @contextmanager
-def torchrun(arguments: list[str], restarts: int, printed: Path) -> Iterator[subprocess.Popen[bytes]]:
+def torchrun(
+    options: Sequence[str], arguments: list[str], printed: Path
+) -> Iterator[subprocess.Popen[bytes]]:
     """All its processes end with the block."""
     with printed.open("wb") as file:
         launcher = subprocess.Popen(
             [
-                sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--monitor-interval=0.2",
-                f"--max-restarts={restarts}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
+                sys.executable, "-m", "torch.distributed.run",
+                "--monitor-interval=0.2", "--rdzv-backend=c10d", *options,
                 "-m", "openmoe.launcher.train", *arguments,
             ],
             stdin=subprocess.DEVNULL,
@@ -54,6 +61,7 @@ def torchrun(arguments: list[str], restarts: int, printed: Path) -> Iterator[sub
                 "GLOO_SOCKET_IFNAME": "lo",
                 "CUDA_VISIBLE_DEVICES": "",
                 "WANDB_ERROR_REPORTING": "false",
+                "LOGLEVEL": "INFO",  # torchrun's, which says then how it counts
             },
             start_new_session=True,
         )  # fmt: skip
@@ -66,6 +74,32 @@ def torchrun(arguments: list[str], restarts: int, printed: Path) -> Iterator[sub
                 launcher.wait(40)
             except subprocess.TimeoutExpired:
                 launcher.kill()
+
+
+@contextmanager
+def two_nodes(
+    nodes: str, arguments: list[str], folder: Path, environments: Sequence[str] = ("", "")
+) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The torchrun of each of two nodes with one worker. The second keeps what they meet by."""
+    endpoint = f"--rdzv-endpoint=127.0.0.1:{free_port()}"
+    # A lost node is given up after 2 seconds in place of 15, and no further ones are waited for as long.
+    patience = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2,read_timeout=60"
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                torchrun(
+                    [
+                        f"--nnodes={nodes}", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-id=a-run",
+                        # The rank of a node goes by its address.
+                        f"--local-addr=127.0.0.{node + 1}", endpoint,
+                        f"--rdzv-conf={patience},is_host={node}",
+                    ],
+                    arguments,
+                    folder / f"printed_{node}",
+                )
+            )
+            for node in (0, 1)
+        ]  # fmt: skip
 
 
 def wait_for_step(run_dir: Path, step: int, launcher: subprocess.Popen[bytes]) -> None:
@@ -83,26 +117,40 @@ def worker(run_dir: Path, rank: int) -> int:
     return int(re.findall(rf"start of rank {rank} on \S+, process (\d+)", log)[-1])
 
 
+def lose(run_dir: Path, rank: int, launcher: subprocess.Popen[bytes], step: int) -> None:
+    """Kills a worker of `launcher` after `step`; returns when the processes have started again."""
+    wait_for_step(run_dir, step, launcher)
+    starts = run_dir / "logs" / "rank_00000.log"
+    before = starts.read_text().count("start of rank")
+    os.kill(worker(run_dir, rank), signal.SIGKILL)
+    limit = time.monotonic() + SECONDS
+    while starts.read_text().count("start of rank") == before and time.monotonic() < limit:
+        assert launcher.poll() is None
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The lines of a run of two processes that nothing happens to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with torchrun(ONE_NODE, [*corpus, f"run.dir={folder / 'run'}"], folder / "printed") as launcher:
+        assert launcher.wait(SECONDS) == 0, (folder / "printed").read_text()
+    return lines(folder / "run")
+
+
 @pytest.mark.distributed
 @pytest.mark.timeout(1500)
-def test_a_run_that_loses_workers_goes_on_by_itself(corpus: list[str], tmp_path: Path) -> None:
+def test_a_run_that_loses_workers_goes_on_by_itself(
+    corpus: list[str], undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
     """Bug: a lock, a port or a store of the life before keeps the new one from starting; a line twice or not
     at all; a checkpoint half written that is resumed from; a W&B run anew at each restart."""
-    undisturbed, run_dir, printed = tmp_path / "undisturbed", tmp_path / "run", tmp_path / "printed"
-    with torchrun([*corpus, f"run.dir={undisturbed}"], 0, printed) as launcher:
+    run_dir, printed = tmp_path / "run", tmp_path / "printed"
+    with torchrun(ONE_NODE, [*corpus, f"run.dir={run_dir}", "logging.wandb=offline"], printed) as launcher:
+        lose(run_dir, 1, launcher, 6)
+        lose(run_dir, 0, launcher, 17)
         assert launcher.wait(SECONDS) == 0, printed.read_text()
-    with torchrun([*corpus, f"run.dir={run_dir}", "logging.wandb=offline"], 2, printed) as launcher:
-        for rank, step in ((1, 6), (0, 17)):
-            wait_for_step(run_dir, step, launcher)
-            starts = run_dir / "logs" / "rank_00000.log"
-            before = starts.read_text().count("start of rank")
-            os.kill(worker(run_dir, rank), signal.SIGKILL)
-            limit = time.monotonic() + SECONDS
-            while starts.read_text().count("start of rank") == before and time.monotonic() < limit:
-                assert launcher.poll() is None, printed.read_text()
-                time.sleep(0.05)
-        assert launcher.wait(SECONDS) == 0, printed.read_text()
-    assert lines(run_dir) == lines(undisturbed)
+    assert lines(run_dir) == undisturbed
     assert [line["step"] for line in lines(run_dir)] == list(range(1, STEPS + 1))
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
         "step_24",
@@ -111,3 +159,43 @@ def test_a_run_that_loses_workers_goes_on_by_itself(corpus: list[str], tmp_path:
     ]
     pages = {path.name.rpartition("-")[2] for path in (run_dir / "wandb").glob("offline-run-*")}
     assert len(pages) == 1
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(1500)
+def test_two_nodes_lose_workers(corpus: list[str], undisturbed: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Bug: the node that lost a worker counts a restart and the other one doesn't, so that their processes
+    wait for each other in two lives."""
+    run_dir = tmp_path / "run"
+    arguments = [*corpus, f"run.dir={run_dir}", "parallel.start_timeout_seconds=100"]
+    with two_nodes("2", arguments, tmp_path) as nodes:
+        for rank, step in ((1, 6), (1, 12), (0, 19)):
+            lose(run_dir, rank, nodes[rank], step)
+        for node in (0, 1):
+            assert nodes[node].wait(SECONDS) == 0, (tmp_path / f"printed_{node}").read_text()
+    assert lines(run_dir) == undisturbed
+    counts = [
+        re.findall(r"restart_count=(\d)", (tmp_path / f"printed_{node}").read_text()) for node in (0, 1)
+    ]
+    assert counts[0] != counts[1], "both nodes have counted alike: nothing is shown"
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(1500)
+def test_a_lost_node_is_done_without(corpus: list[str], tmp_path: Path) -> None:
+    """Bug: the node that is left looks for the store, the lock or the processes of the one that is gone."""
+    undisturbed, run_dir = tmp_path / "undisturbed", tmp_path / "run"
+    exact = [*corpus, "parallel.expert=1", "train.precision=fp64", "parallel.start_timeout_seconds=100"]
+    with torchrun(ONE_NODE, [*exact, f"run.dir={undisturbed}"], tmp_path / "printed") as launcher:
+        assert launcher.wait(SECONDS) == 0, (tmp_path / "printed").read_text()
+    with two_nodes("1:2", [*exact, f"run.dir={run_dir}"], tmp_path) as nodes:
+        wait_for_step(run_dir, 10, nodes[0])
+        victim = worker(run_dir, 0)
+        nodes[0].kill()  # its worker notices nothing of that
+        os.kill(victim, signal.SIGKILL)
+        assert nodes[1].wait(SECONDS) == 0, (tmp_path / "printed_1").read_text()
+    assert [line["step"] for line in lines(run_dir)] == list(range(1, STEPS + 1))
+    for line, expected in zip(lines(run_dir), lines(undisturbed), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], abs=1e-10)
+    last = (run_dir / "logs" / "rank_00000.log").read_text().rpartition("start of rank 0")[2]
+    assert "shard 0/1" in last
