@@ -8,9 +8,9 @@ compiles, once for each shape it has, and runs.
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from torch import Tensor
@@ -113,3 +113,41 @@ class Spmd:
         from torch_xla.utils.checkpoint import checkpoint
 
         return partial(checkpoint, function, preserve_rng_state=False)
+
+
+class Traced(NamedTuple):
+    """A program that was recorded and not run."""
+
+    text: str  # HLO over global shapes
+    sources: list[int]  # of each of its parameters, see `TracedSpmd.source`; -1 = a number of the host
+
+
+class TracedSpmd(Spmd):
+    """The same mesh for programs that are compiled elsewhere and never run: what is put on it takes no memory,
+    and what is recorded stays so until somebody asks for it."""
+
+    def put(self, tensor: Tensor, spec: Spec, each_host_has_a_part: bool = False) -> Tensor:
+        """A tensor without values of this shape and type; `tensor` may be on the meta device."""
+        import torch_xla
+        from torch_xla.core.xla_builder import create_placeholder_tensor
+
+        placed = create_placeholder_tensor(tuple(tensor.shape), tensor.dtype)
+        torch_xla._XLAC._xla_annotate_custom_sharding(placed, self.mesh.get_op_sharding(spec))
+        return cast(Tensor, placed)
+
+    def sync(self) -> None:
+        pass
+
+    def source(self, tensor: Tensor) -> int:
+        """By what a program knows a tensor that was put and has not been changed yet."""
+        import torch_xla
+
+        (number,) = torch_xla._XLAC._get_tensors_xla_device_data_node([tensor])[0]
+        return int(number)
+
+    def program(self, results: Sequence[Tensor]) -> Traced:
+        """All that leads to these tensors, in this order."""
+        import torch_xla
+
+        sources = torch_xla._XLAC._get_tensors_xla_device_data_node(list(results))[0]
+        return Traced(torch_xla._XLAC._get_xla_tensors_hlo(list(results)), list(map(int, sources)))
