@@ -123,8 +123,8 @@ class Traced(NamedTuple):
 
 
 class TracedSpmd(Spmd):
-    """The same mesh for programs that are compiled elsewhere and never run: what is put on it takes no memory,
-    and what is recorded stays so until somebody asks for it."""
+    """The same mesh for programs that are compiled elsewhere and never run: what is put on it takes no
+    memory, and what is recorded stays so until somebody asks for it."""
 
     def put(self, tensor: Tensor, spec: Spec, each_host_has_a_part: bool = False) -> Tensor:
         """A tensor without values of this shape and type; `tensor` may be on the meta device."""
