@@ -15,7 +15,17 @@ from openmoe.model.config import ModelConfig
 from openmoe.model.dispatch import DISPATCHERS, Aside, TokenDispatcher
 from openmoe.model.groups import expert_capacity
 from openmoe.model.kv_cache import KVCache
-from openmoe.model.layers import Attention, Embedding, FeedForward, Linear, Remember, RMSNorm, rotary_table
+from openmoe.model.layers import (
+    Attend,
+    Attention,
+    Embedding,
+    FeedForward,
+    Linear,
+    Remember,
+    RMSNorm,
+    fused_attention,
+    rotary_table,
+)
 from openmoe.model.losses import HeadLoss, linear_cross_entropy
 from openmoe.model.moe import MoELayer, RoutingTrace, RowGroups, routing_trace
 from openmoe.model.router import RouterStatistics, Routing, TopKRouter
@@ -54,12 +64,17 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, layer: int, dispatcher: TokenDispatcher, ranks: TensorRanks
+        self,
+        config: ModelConfig,
+        layer: int,
+        dispatcher: TokenDispatcher,
+        ranks: TensorRanks,
+        attend: Attend,
     ) -> None:
         super().__init__()
         self.ranks = ranks
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, attend)
         self.moe = MoELayer(config, dispatcher, ranks) if config.is_moe_layer(layer) else None
         self.shared_norm = config.residual == "parallel_shared_norm"
         if self.moe is not None:
@@ -97,6 +112,7 @@ class Decoder(nn.Module):
         dispatcher: how tokens reach their experts; None takes `config.dispatch` on one device.
         ranks: those that share the rows of a batch and the matrices.
         head_loss: how `token_losses` turns hidden states into losses.
+        attend: how attention is computed.
 
     Parameters come uninitialised; `openmoe.model.init.initialise` fills them. `train()` and `eval()` choose
     the capacity factor. The dtype of the activations is `compute_dtype`; parameters keep their own.
@@ -109,6 +125,7 @@ class Decoder(nn.Module):
         compute_dtype: torch.dtype = torch.float32,
         ranks: TensorRanks = ONE_RANK,
         head_loss: HeadLoss = linear_cross_entropy,
+        attend: Attend = fused_attention,
     ) -> None:
         super().__init__()
         self.config = config
@@ -117,7 +134,9 @@ class Decoder(nn.Module):
         self.compute_dtype = compute_dtype
         dispatcher = dispatcher or DISPATCHERS[config.dispatch]
         self.embedding = Embedding(config.vocab_size, config.d_model, ranks)
-        self.layers = nn.ModuleList(Block(config, i, dispatcher, ranks) for i in range(config.n_layers))
+        self.layers = nn.ModuleList(
+            Block(config, i, dispatcher, ranks, attend) for i in range(config.n_layers)
+        )
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tied_head else Linear(config.d_model, config.vocab_size)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openmoe.model.experts import Experts
-from openmoe.model.router import Routing
+from openmoe.model.router import Routing, one_hot
 
 Result = TypeVar("Result")
 
@@ -125,7 +125,7 @@ def einsum_dispatcher(constrain: Constrain = unconstrained) -> TokenDispatcher:
 
     def dispatch(x: Tensor, routing: Routing, experts: Experts, aside: Aside | None = None) -> Tensor:
         num_groups = x.shape[0]
-        by_expert = F.one_hot(routing.expert_index, routing.logits.shape[-1]).to(x.dtype)  # [G, T, k, E]
+        by_expert = one_hot(routing.expert_index, routing.logits.shape[-1]).to(x.dtype)  # [G, T, k, E]
         slots = torch.arange(routing.capacity, device=x.device)
         by_slot = (routing.slot[..., None] == slots).to(x.dtype)  # [G, T, k, C]; all zero where dropped
         dispatch = torch.einsum("gtke,gtkc->gtec", by_expert, by_slot)

@@ -22,8 +22,9 @@ class Experts(nn.Module):
         self.wo = nn.Parameter(torch.empty(config.num_experts, config.d_model, config.d_ff))
 
     def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        num_experts, _, d_model = self.wi_1.shape
-        wi_0 = self.wi_0.view(num_experts, -1, d_model)
+        """wi_0 here always with its halves, one or two."""
+        num_experts, d_ff, d_model = self.wi_1.shape
+        wi_0 = self.wi_0.view(num_experts, -1, d_ff, d_model)
         return wi_0.to(dtype), self.wi_1.to(dtype), self.wo.to(dtype)
 
     def forward(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
@@ -36,15 +37,17 @@ class Experts(nn.Module):
         Rows after the last end belong to no expert; what comes out there is undefined.
         """
         wi_0, wi_1, wo = self._weights(x.dtype)
+        wi_0 = wi_0.flatten(1, 2)
         bounds = None if len(x) and _has_grouped_gemm(x, wi_1) else [0, *ends.tolist()]
-        h_0 = grouped_mm(x, wi_0, ends, bounds).unflatten(-1, (-1, wi_1.shape[1]))
-        return grouped_mm(gate(h_0, grouped_mm(x, wi_1, ends, bounds)), wo, ends, bounds)
+        halves = grouped_mm(x, wi_0, ends, bounds).split(wi_1.shape[1], -1)
+        return grouped_mm(gate(halves, grouped_mm(x, wi_1, ends, bounds)), wo, ends, bounds)
 
     def batched(self, x: Tensor) -> Tensor:
         """Fixed buffers: x `[E, slots, d_model]`."""
         wi_0, wi_1, wo = self._weights(x.dtype)
-        h_0 = x.bmm(wi_0.transpose(1, 2)).unflatten(-1, (-1, wi_1.shape[1]))
-        return gate(h_0, x.bmm(wi_1.transpose(1, 2))).bmm(wo.transpose(1, 2))
+        # Half by half: d_ff may be shared out, and one matrix of both would not be.
+        halves = [x.bmm(half.transpose(1, 2)) for half in wi_0.unbind(1)]
+        return gate(halves, x.bmm(wi_1.transpose(1, 2))).bmm(wo.transpose(1, 2))
 
 
 def _has_grouped_gemm(x: Tensor, weight: Tensor) -> bool:

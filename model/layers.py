@@ -4,7 +4,8 @@ Parameters are kept in float32 (float64 under `fp64`) and cast to the activation
 an explicit policy in place of autocast. Every matrix is stored `[out, in]`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,26 @@ from openmoe.model.tensor_ranks import TensorRanks
 
 # Takes the keys and values of new tokens, gives those of all tokens so far; [rows, heads, tokens, head_dim].
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Attend(Protocol):
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """softmax(q k^T) v for each head, all `[rows, heads, seq_len, head_dim]`; mask bool
+        `[rows, 1, queries, keys]`, None = causal."""
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=1.0)
+
+
+def einsum_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """With rows and heads as dimensions of their own throughout, so that both may be shared out among
+    devices: torch's kernel and its decomposition make one of the two. Softmax in float32 or wider."""
+    if mask is None:
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    scores = torch.einsum("rhqd,rhkd->rhqk", q, k).to(torch.promote_types(q.dtype, torch.float32))
+    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
+    return torch.einsum("rhqk,rhkd->rhqd", weights.to(v.dtype), v)
 
 
 class Embedding(nn.Module):
@@ -83,9 +104,10 @@ class Attention(nn.Module):
     """Multi-head attention over whole rows; no biases, and 1/sqrt(head_dim) lies in q's initialiser (facts
     1.4). A tensor rank has some of the heads, and its result is a part of the sum over all of them."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, attend: Attend = fused_attention) -> None:
         super().__init__()
         d_heads = config.n_heads * config.head_dim
+        self.attend = attend
         self.head_dim = config.head_dim
         self.q = Linear(config.d_model, d_heads)
         self.k = Linear(config.d_model, d_heads)
@@ -112,7 +134,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if remember is not None:
             k, v = remember(k, v)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=1.0)
+        out = self.attend(q, k, v, mask)
         if query_mask is not None:
             out = torch.where(query_mask[:, None, :, None], out, uniform_attention(q, k, v))
         out = out.transpose(1, 2).flatten(2)
@@ -128,15 +150,16 @@ def uniform_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     log-sum-exp a row, where -1e10 absorbs log n and the weights come back as 1 in the backward pass.)
     """
     centred = k - k.mean(-2, keepdim=True)
-    slope = q @ (centred.transpose(-1, -2) @ v.detach() / k.shape[-2])
+    products = torch.einsum("rhkd,rhke->rhde", centred, v.detach()) / k.shape[-2]
+    slope = torch.einsum("rhqd,rhde->rhqe", q, products)
     return v.mean(-2, keepdim=True) + (slope - slope.detach())
 
 
-def gate(wi_0: Tensor, wi_1: Tensor) -> Tensor:
-    """Gated unit: wi_0 `[..., n, d_ff]` with n = 1 (swiglu3) or 2 (swiglu4), wi_1 `[..., d_ff]`."""
-    if wi_0.shape[-2] == 1:
-        return F.silu(wi_0.squeeze(-2)) * wi_1
-    a, b = wi_0.unbind(-2)
+def gate(halves: Sequence[Tensor], wi_1: Tensor) -> Tensor:
+    """Gated unit of `[..., d_ff]`: of wi_0 there is one half (swiglu3) or two (swiglu4)."""
+    if len(halves) == 1:
+        return F.silu(halves[0]) * wi_1
+    a, b = halves
     return a * F.silu(b) * wi_1
 
 
@@ -158,6 +181,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         d_ff, d_model = self.wi_1.shape
-        h_0 = F.linear(x, self.wi_0.view(-1, d_model).to(x.dtype)).unflatten(-1, (-1, d_ff))
-        h_1 = F.linear(x, self.wi_1.to(x.dtype))
-        return F.linear(gate(h_0, h_1), self.wo.to(x.dtype))
+        # Half by half: d_ff may be shared out, and one matrix of both would not be.
+        halves = [F.linear(x, half) for half in self.wi_0.to(x.dtype).view(-1, d_ff, d_model)]
+        return F.linear(gate(halves, F.linear(x, self.wi_1.to(x.dtype))), self.wo.to(x.dtype))

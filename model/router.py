@@ -83,7 +83,10 @@ class TopKRouter(nn.Module):
         group_index = self._whole_groups(expert_index, rows)
         room = capacity if limit is None else limit[:, None]
         slot = self._own_tokens(_slots(group_index, len(weight), room, routed), rows)
-        routing = Routing(logits, probs, expert_index, probs.gather(-1, expert_index), slot, capacity)
+        # The probabilities of the choices; a gather's gradient would be a scatter.
+        chosen = one_hot(expert_index, len(weight))
+        gate = torch.where(chosen, probs[..., None, :], 0).sum(-1)
+        routing = Routing(logits, probs, expert_index, gate, slot, capacity)
         own = None if routed is None else self._own_tokens(routed, rows)
         return routing, _statistics(routing, group_index, routed, own)
 
@@ -102,14 +105,19 @@ class TopKRouter(nn.Module):
         return self.ranks.own_slice(by_row).reshape(len(x), -1, *x.shape[2:])
 
 
+def one_hot(index: Tensor, size: int) -> Tensor:
+    """`[...]` -> bool `[..., size]`. A comparison: F.one_hot is a scatter under XLA, which can't be cut."""
+    return index[..., None] == torch.arange(size, device=index.device)
+
+
 def _top_k(probs: Tensor, k: int) -> Tensor:
     """Indices `[..., k]` of the k largest, of equals the lowest first, which torch.topk does not promise."""
     chosen = []
     for _ in range(k):
-        best = probs.argmax(-1, keepdim=True)
+        best = probs.argmax(-1)
         chosen.append(best)
-        probs = probs.scatter(-1, best, -1.0)
-    return torch.cat(chosen, -1)
+        probs = torch.where(one_hot(best, probs.shape[-1]), -1.0, probs)
+    return torch.stack(chosen, -1)
 
 
 def _slots(expert_index: Tensor, num_experts: int, capacity: int | Tensor, routed: Tensor | None) -> Tensor:
@@ -120,12 +128,11 @@ def _slots(expert_index: Tensor, num_experts: int, capacity: int | Tensor, route
     """
     num_groups, tokens, k = expert_index.shape
     choice_major = expert_index.transpose(1, 2).reshape(num_groups, k * tokens)
-    taken = F.one_hot(choice_major, num_experts).to(torch.int32)  # [G, kT, E]
+    taken = one_hot(choice_major, num_experts)  # [G, kT, E]
     if routed is not None:
-        taken = taken * routed.repeat(1, k)[..., None].to(torch.int32)
-    count = taken.cumsum(1, dtype=torch.int32).gather(-1, choice_major[..., None])[..., 0]
-    here = taken.gather(-1, choice_major[..., None])[..., 0]
-    slot = torch.where((here > 0) & (count <= capacity), count - 1, -1)
+        taken = taken & routed.repeat(1, k)[..., None]
+    count = torch.where(taken, taken.cumsum(1, dtype=torch.int32), 0).sum(-1)  # 0 where not routed
+    slot = torch.where((count > 0) & (count <= capacity), count - 1, -1)
     return slot.view(num_groups, k, tokens).transpose(1, 2).long()
 
 
@@ -137,12 +144,12 @@ def _statistics(
     log_z = routing.logits.logsumexp(-1)
     entropy = log_z - (routing.probs * routing.logits).sum(-1)
     weight = torch.ones_like(log_z) if routed is None else routed.to(dtype)
-    chosen = F.one_hot(routing.expert_index, num_experts).to(dtype) * weight[..., None, None]  # [G, T, k, E]
+    chosen = one_hot(routing.expert_index, num_experts).to(dtype) * weight[..., None, None]  # [G, T, k, E]
     group_chosen, group_weight = chosen, weight
     if group_index is not routing.expert_index:
         group_weight = group_index.new_ones(group_index.shape[:2], dtype=dtype)
         group_weight = group_weight if group_routed is None else group_routed.to(dtype)
-        group_chosen = F.one_hot(group_index, num_experts).to(dtype) * group_weight[..., None, None]
+        group_chosen = one_hot(group_index, num_experts).to(dtype) * group_weight[..., None, None]
     group_tokens = group_weight.sum(1).clamp(min=1)  # [G]
     # f_e: share of the group's tokens that have e among their k choices, before dropping; P_e: mean
     # probability, of which the own tokens give one term.

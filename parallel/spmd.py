@@ -18,6 +18,7 @@ from openmoe.model.config import ModelConfig
 from openmoe.model.decoder import Decoder
 from openmoe.model.dispatch import einsum_dispatcher
 from openmoe.model.init import fill
+from openmoe.model.layers import einsum_attention
 from openmoe.model.losses_by_position import positions_head_loss
 from openmoe.optim.build import state_dims
 from openmoe.parallel.axis_rules import parameter_spec, spec_of
@@ -92,6 +93,7 @@ def meta_model(
             dispatcher=einsum_dispatcher(spmd.constrain),
             compute_dtype=compute_dtype,
             head_loss=positions_head_loss(HEAD_TILE_BYTES * spmd.devices, spmd.constrain),
+            attend=einsum_attention,
         )
     for block in model.layers:
         if parallel.recompute == "full":
