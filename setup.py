@@ -61,6 +61,7 @@ setup(
             "openmoe-prepare=openmoe.launcher.prepare:main",
             "openmoe-report=openmoe.launcher.report:main",
             "openmoe-tokenizer=openmoe.launcher.tokenizer:main",
+            "openmoe-xla-spawn=openmoe.launcher.xla_spawn:main",
         ]
     },
 )
