@@ -13,7 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from openmoe.checkpoint.shards import Part
 from openmoe.checkpoint.storage import part_here
+from openmoe.parallel.spread_tensors import SpreadTensor
 
 
 class HostCopies:
@@ -22,21 +24,29 @@ class HostCopies:
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
         self._parts: dict[str, Tensor] = {}
+        self._copied: dict[str, Part] = {}
         self._training: torch.cuda.Event | None = None  # on a GPU: the update before the save is done
         self._taken = threading.Event()
         self._taken.set()
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
-        """These are to be copied as they are now, on a GPU as they will be when it has come to this place."""
-        self._parts = {name: part_here(tensor).detach() for name, tensor in tensors.items()}
+        """These are to be copied as they are now, on a GPU as they will be when it has come to this place.
+
+        Those over many devices (XLA) are copied here: in another thread that would get in the training's way.
+        """
+        spread = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, SpreadTensor)}
+        self._copied = {name: tensor.written_here() for name, tensor in spread.items()}
+        self._parts = {
+            name: part_here(tensor).detach() for name, tensor in tensors.items() if name not in spread
+        }
         self._training = None
         if any(part.is_cuda for part in self._parts.values()):
             self._training = torch.cuda.Event()
             self._training.record()
         self._taken.clear()
 
-    def take(self) -> dict[str, Tensor]:
-        """The copies, valid until the next `begin`."""
+    def take(self) -> dict[str, Part]:
+        """The copies, valid until the next `begin`. To be called once."""
         try:
             self._buffers = {name: self._buffer(name, part) for name, part in self._parts.items()}
             if self._training is None:
@@ -44,7 +54,8 @@ class HostCopies:
                     self._buffers[name].copy_(part)
             else:
                 self._copy_from_gpu(self._training)
-            return self._buffers
+            copied, self._copied = self._copied, {}  # not in buffers: the save alone holds them
+            return self._buffers | copied
         finally:
             self.release()
 
@@ -54,7 +65,7 @@ class HostCopies:
 
     def release(self) -> None:
         """Nothing is left to copy, or nobody is going to."""
-        self._parts = {}
+        self._parts, self._copied = {}, {}
         self._taken.set()
 
     def _copy_from_gpu(self, training: torch.cuda.Event) -> None:

@@ -7,7 +7,7 @@ threads wait; here a file is written from the tensors' own memory.
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,9 @@ _METADATA, _SHARDING = "__metadata__", "DCP_SHARDING_INFO"  # as torch.distribut
 _OFFSETS = "saved_offsets"
 _LONGEST_HEADER = 100_000_000  # of the format
 
+# What a process writes of a tensor: all it holds, or boxes by their offsets.
+Part = Tensor | Mapping[tuple[int, ...], Tensor]
+
 
 @dataclass(frozen=True)
 class StoredPiece:
@@ -58,7 +61,7 @@ class ShardWriter(dcp.HuggingFaceStorageWriter):
     """Writes this process's share of a save into files of its own."""
 
     def __init__(
-        self, folder: Path, files: Mapping[str, int], parts: Mapping[str, Tensor], course: Course
+        self, folder: Path, files: Mapping[str, int], parts: Mapping[str, Part], course: Course
     ) -> None:
         """`files` says by the name of a tensor in which of a process's files its part goes (from 1);
         `parts` is what this process holds of each: what torch plans from need not be what is written."""
@@ -89,18 +92,27 @@ class ShardWriter(dcp.HuggingFaceStorageWriter):
 
     def _write(self, plan: SavePlan) -> list[WriteResult]:
         number_of, shard = plan.storage_data["fqn_to_index_mapping"], plan.storage_data["shard_index"]
-        files: dict[int, list[WriteItem]] = {}
-        for item in plan.items:
-            files.setdefault(number_of[item.index.fqn], []).append(item)
         last = max(number_of.values())
+        files: dict[int, dict[str, WriteItem]] = {}
+        for item in plan.items:
+            number = number_of[item.index.fqn]
+            while item.index.fqn in files.setdefault(number, {}):  # a file has one part of a tensor
+                number += last
+            files[number][item.index.fqn] = item
         results = []
-        for number, items in files.items():
+        for number, of_file in files.items():
             name = f"shard-{shard:05d}-model-{number:05d}-of-{last:05d}{SUFFIX}"
-            offsets = {item.index.fqn: _chunk_offsets(item) for item in items}
-            parts = {tensor: self._parts[tensor] for tensor in offsets}
+            offsets = {tensor: _chunk_offsets(item) for tensor, item in of_file.items()}
+            parts = {tensor: self._part(tensor, offsets[tensor]) for tensor in offsets}
             self._entries[name] = write_file(self._folder / name, encode(parts, offsets), self._course)
-            results += [WriteResult(item.index, parts[item.index.fqn].nbytes, name) for item in items]
+            results += [
+                WriteResult(item.index, parts[tensor].nbytes, name) for tensor, item in of_file.items()
+            ]
         return results
+
+    def _part(self, tensor: str, offsets: Sequence[int]) -> Tensor:
+        found = self._parts[tensor]
+        return found if isinstance(found, Tensor) else found[tuple(offsets)]
 
 
 def encode(parts: Mapping[str, Tensor], offsets: Mapping[str, list[int]]) -> Iterator[memoryview | bytes]:

@@ -6,7 +6,8 @@ torch 2.9 and 2.13), so that any layout of processes can write a part of each te
 and renamed once all of it is on disk.
 
 In a run of several processes all of them call the functions that write, verify and read, and all get the same
-error. A tensor of which a process holds a part is a DTensor then; any other is the same on all of them.
+error. A tensor of which a process holds a part is a DTensor then, or under XLA, where it may hold several, a
+SpreadTensor; any other is the same on all of them.
 """
 
 import os
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.tensor import DTensor
 
 from openmoe.checkpoint.course import Course
@@ -27,8 +29,9 @@ from openmoe.checkpoint.errors import CheckpointError, CheckpointWriteError
 from openmoe.checkpoint.files import FileEntry, fault_in_file, sync_folder, write_file
 from openmoe.checkpoint.manifest import MANIFEST_NAME, Manifest, TensorEntry, read_manifest
 from openmoe.checkpoint.pieces import fault_in
-from openmoe.checkpoint.shards import SUFFIX, ShardWriter, StoredPiece, pieces_in
+from openmoe.checkpoint.shards import SUFFIX, Part, ShardWriter, StoredPiece, pieces_in
 from openmoe.checkpoint.together import ALL, Peers
+from openmoe.parallel.spread_tensors import SpreadTensor
 
 Result = TypeVar("Result")
 
@@ -50,7 +53,7 @@ def write_checkpoint(
     metadata: dict[str, Any],
     other_files: Mapping[str, bytes] = MappingProxyType({}),
     peers: Peers = ALL,
-    take: Callable[[], Mapping[str, Tensor]] | None = None,
+    take: Callable[[], Mapping[str, Part]] | None = None,
     before_commit: Callable[[], None] = lambda: None,
     course: Course | None = None,
 ) -> None:
@@ -68,7 +71,7 @@ def write_checkpoint(
     """
     building = folder.with_name(folder.name + PARTIAL)
     course = course or Course()
-    parts: dict[str, Tensor] = {}
+    parts: dict[str, Part] = {}
     try:
         _on_every(
             peers, course, "copying tensors", lambda: parts.update(take() if take else _parts_here(tensors))
@@ -150,6 +153,7 @@ def read_checkpoint(
         dcp.load(
             tensors,
             storage_reader=dcp.HuggingFaceStorageReader(str(folder)),
+            planner=_LoadPlanner(),
             process_group=peers.group,
             no_dist=not peers.are_several,
         )
@@ -204,15 +208,15 @@ def _give_up(partial: Path, peers: Peers) -> None:
 def _write_tensors(
     folder: Path,
     tensors: Mapping[str, Tensor],
-    parts: Mapping[str, Tensor],
+    parts: Mapping[str, Part],
     peers: Peers,
     course: Course,
 ) -> dict[str, FileEntry]:
     """Writes them together with the other processes; size and digest of all files."""
-    # The first process decides for all. Its parts are the largest, so nobody's files are larger than its own.
+    # The first process decides for all. It holds the largest parts, so nobody's files are larger than that.
     file_of, size = {}, 0
-    for name, part in parts.items():
-        size += part.nbytes
+    for name, tensor in tensors.items():
+        size += tensor.bytes_here if isinstance(tensor, SpreadTensor) else part_here(tensor).nbytes
         file_of[name] = 1 + size // FILE_BYTES
     index = {number: i for i, number in enumerate(sorted(set(file_of.values())), start=1)}
     writer = ShardWriter(folder, {name: index[number] for name, number in file_of.items()}, parts, course)
@@ -241,13 +245,25 @@ def _on_every(peers: Peers, course: Course, what: str, work: Callable[[], Result
     return peers.on_every(then_wait)
 
 
-def _parts_here(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: part_here(tensor) for name, tensor in tensors.items()}
+def _parts_here(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+    return {
+        name: tensor.written_here() if isinstance(tensor, SpreadTensor) else part_here(tensor)
+        for name, tensor in tensors.items()
+    }
 
 
 def part_here(tensor: Tensor) -> Tensor:
     """What this process holds of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class _LoadPlanner(dcp.DefaultLoadPlanner):
+    """Hands a tensor of many devices over to them as soon as all of it is read."""
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        whole = self.state_dict[read_item.dest_index.fqn]
+        if isinstance(whole, SpreadTensor):
+            whole.filled(tensor.numel())
 
 
 def _check_pieces(folder: Path, manifest: Manifest) -> None:

@@ -25,8 +25,9 @@ from openmoe.parallel.axis_rules import parameter_spec, spec_of
 from openmoe.parallel.collectives import Group, Observer
 from openmoe.parallel.config import ParallelConfig
 from openmoe.parallel.ranks import RowDevices, SentNumbers
+from openmoe.parallel.spread_tensors import SpreadTensor
 from openmoe.parallel.topology import Topology, TopologyError
-from openmoe.parallel.xla import Spmd
+from openmoe.parallel.xla import LocalParts, Spmd
 
 # Float32 logits of a tile of the head on one device.
 HEAD_TILE_BYTES = 256 * 2**20
@@ -141,7 +142,9 @@ class XlaRanks:
         return list(self._model.named_parameters())
 
     def as_whole(self, name: str, local: Tensor, dims: Sequence[int]) -> Tensor:
-        return local
+        if local.device.type != "xla":
+            return local
+        return SpreadTensor(local.shape, local.dtype, LocalParts(local), name)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """The state of the optimizer lies as its parameters do."""

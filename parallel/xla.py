@@ -8,6 +8,7 @@ compiles, once for each shape it has, and runs.
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -16,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from openmoe.parallel.axis_rules import MESH_AXES, Spec, spec_of
+from openmoe.parallel.spread_tensors import Box
 from openmoe.parallel.topology import Topology, TopologyError
 
 
@@ -151,3 +153,71 @@ class TracedSpmd(Spmd):
 
         sources = torch_xla._XLAC._get_tensors_xla_device_data_node(list(results))[0]
         return Traced(torch_xla._XLAC._get_xla_tensors_hlo(list(results)), list(map(int, sources)))
+
+
+class LocalParts:
+    """`spread_tensors.DeviceParts` of a tensor over the devices, as it lies there when all is done that is
+    under way; of the tensor nothing may be recorded that has not run. Moves the parts of this host alone."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        import torch_xla.core.xla_model as xm
+
+        xm.wait_device_ops()
+        self._tensor = tensor
+
+    def copies(self) -> int:
+        return self._layout()[1]
+
+    def places(self) -> list[tuple[int, Box]]:
+        import torch_xla
+
+        whole = tuple(slice(0, size) for size in self._tensor.shape)
+        [of_devices] = torch_xla._XLAC._get_local_shard_replica_and_indices([self._tensor])
+        return [
+            (copy, whole if box is Ellipsis else tuple(slice(side.start, side.stop) for side in box))
+            for copy, box in of_devices
+        ]
+
+    def read(self) -> list[Tensor]:
+        import torch_xla
+
+        places = self.places()
+        if max(self._layout()[0], default=1) == 1:
+            return [self._tensor.cpu()] * len(places)  # from one device, not from all
+        [shards] = torch_xla._XLAC._get_local_shards([self._tensor])
+        return [
+            shard[tuple(slice(0, side.stop - side.start) for side in box)]  # without padding
+            for (shard, _), (_, box) in zip(shards, places, strict=True)
+        ]
+
+    def write(self, parts: Sequence[Tensor]) -> None:
+        import torch_xla
+
+        tiles, _ = self._layout()
+        if max(tiles, default=1) == 1:
+            self._tensor.copy_(parts[0])
+            return
+        size = [-(-whole // count) for whole, count in zip(self._tensor.shape, tiles, strict=True)]
+        devices = torch_xla._XLAC._xla_get_runtime_devices()
+        torch_xla._XLAC._load_local_shards(self._tensor, [_padded(part, size) for part in parts], devices)
+
+    def _layout(self) -> tuple[list[int], int]:
+        """Into how many parts each dimension is cut, and how many copies there are of each part."""
+        import torch_xla
+        import torch_xla.runtime as xr
+
+        sharding = torch_xla._XLAC._get_xla_sharding_spec(self._tensor)
+        found = re.match(r"\{devices=\[([\d,]+)\]", sharding)
+        if found is None:
+            return [1] * self._tensor.dim(), int(xr.global_runtime_device_count())
+        tiles = [int(count) for count in found[1].split(",")]
+        copies = tiles.pop() if "last_tile_dim_replicate" in sharding else 1
+        return tiles, copies
+
+
+def _padded(part: Tensor, size: Sequence[int]) -> Tensor:
+    if list(part.shape) == list(size):
+        return part
+    whole = part.new_zeros(size)
+    whole[tuple(slice(0, length) for length in part.shape)] = part
+    return whole
