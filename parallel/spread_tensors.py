@@ -31,7 +31,7 @@ class DeviceParts(Protocol):
         """By device of this process: which copy it has (from 0), of which part."""
 
     def read(self) -> Sequence[Tensor]:
-        """Their parts on the host, by device, in the order of `places`."""
+        """Copies of their parts on the host, by device, in the order of `places`."""
 
     def write(self, parts: Sequence[Tensor]) -> None:
         """Host tensors into the devices, in the order of `places`."""
