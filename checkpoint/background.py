@@ -9,9 +9,11 @@ class Background:
 
     def __init__(self, work: Callable[[], None], name: str) -> None:
         self._error: BaseException | None = None
-        # The thread alone holds the work, and lets go of what it holds with its end.
-        self._thread = threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
-        self._thread.start()
+        # Not the thread's own end: after Ctrl-C in a `join`, Python 3.11 takes a thread that runs for one
+        # that has ended.
+        self._done = threading.Event()
+        # The thread alone holds the work, and lets go of it before it is done.
+        threading.Thread(target=self._run, args=([work],), name=name, daemon=True).start()
 
     @property
     def has_failed(self) -> bool:
@@ -19,17 +21,18 @@ class Background:
 
     def wait(self) -> None:
         """Raises what the work has raised."""
-        self._thread.join()
+        self._done.wait()
         if self._error is not None:
             raise self._error
 
     def ends_within(self, seconds: float | None) -> bool:
         """Waits, no longer than `seconds`, without raising."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
+        return self._done.wait(seconds)
 
-    def _run(self, work: Callable[[], None]) -> None:
+    def _run(self, work: list[Callable[[], None]]) -> None:
         try:
-            work()
+            work.pop()()
         except BaseException as error:
             self._error = error
+        finally:
+            self._done.set()

@@ -109,9 +109,9 @@ def _run_with_others(task: Callable[[Config, Processes], None], name: str, place
         task(agreed, processes)
     except (Exception, KeyboardInterrupt) as error:
         code = processes.report(error)
-    if processes.close(well=code == 0):
-        sys.exit(code)
-    _leave(code)
+    if processes.close(well=code == 0) and code == 0:
+        sys.exit(0)
+    _leave(code)  # what a failure has left behind, such as a save that hangs, is not waited for
 
 
 def _leave(code: int) -> NoReturn:

@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from openmoe.checkpoint.errors import CheckpointError
+from openmoe.checkpoint.errors import CheckpointError, SaveCancelled
 from openmoe.data.errors import DataError
 from openmoe.parallel.topology import TopologyError
 from openmoe.parallel.watchdog import LostContact, is_lost_contact, reason
@@ -46,7 +46,8 @@ def failure_of(error: BaseException) -> Failure:
         return Failure(2, one_line(error))
     if is_lost_contact(error):
         return Failure(3, f"lost contact with another process: {reason(error)}")
-    foreseen = isinstance(error, NonFiniteLoss | LostContact | OSError)  # OSError: a full disk, a lost file
+    # SaveCancelled: a second Ctrl-C on another process; OSError: a full disk, a lost file.
+    foreseen = isinstance(error, NonFiniteLoss | LostContact | SaveCancelled | OSError)
     if foreseen or _out_of_memory(error):
         return Failure(3, one_line(error))
     return Failure(3, one_line(error), "".join(traceback.format_exception(error)))

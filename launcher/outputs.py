@@ -27,17 +27,34 @@ class Outputs:
         return [self.jsonl, self.wandb, self.progress]
 
 
+def await_folder(run_dir: Path) -> None:
+    """For a run that was started again: returns when the life before has let go of the folder, so that what
+    is found there next is all it has left.
+
+    Raises ConfigError where that takes too long.
+    """
+    if run_dir.is_dir():
+        with sole_writer(run_dir, _PATIENCE_SECONDS):
+            pass
+
+
 @contextmanager
 def hold_folder(config: Config, resume_from: Path | None, restarted: bool = False) -> Iterator[None]:
-    """The run's folder for this run alone; one that was `restarted` waits for the life before to let go.
+    """The run's folder for this run alone.
 
     Raises ConfigError where another one trains there, or has since `resume_from` was found.
     """
     run_dir = Path(config.run.dir)
-    with sole_writer(run_dir, _PATIENCE_SECONDS if restarted else 0.0):
-        if resume_point(config.checkpoint.resume, run_dir) != resume_from:
+    with sole_writer(run_dir):
+        if find_start(config, restarted) != resume_from:
             raise ConfigError(f"run.dir={run_dir}: another process has just trained there; start again")
         yield
+
+
+def find_start(config: Config, restarted: bool = False) -> Path | None:
+    """The checkpoint to go on from, None for a fresh start. Raises as `resume_point` does."""
+    branch = config.model_dump() if restarted else None
+    return resume_point(config.checkpoint.resume, Path(config.run.dir), branch)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from openmoe.checkpoint.errors import SaveCancelled
 from openmoe.checkpoint.together import Peers
 from openmoe.launcher.errors import ConfigError, Failure, failure_of
 from openmoe.launcher.rank_log import NO_LOG, NoLog, RankLog, quiet_unless
@@ -190,11 +191,11 @@ class JoinedProcesses(Processes):
         if is_lost_contact(error):
             error = self._lost("", error)
         failure = failure_of(error)
-        lost = isinstance(error, LostContact)
-        if lost:
+        follows = isinstance(error, LostContact | SaveCancelled)  # from what another process has to say
+        if follows:
             with contextlib.suppress(KeyboardInterrupt):
                 time.sleep(FOLLOWER_SECONDS)
-        if self._meeting.is_first_to_report(failure.line, cause=not lost):
+        if self._meeting.is_first_to_report(failure.line, cause=not follows):
             named = self.rank == 0 or isinstance(error, LostContact | NonFiniteLoss)
             _print(failure.text("" if named else f"rank {self.rank}: "))
         return failure.code

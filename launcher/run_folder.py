@@ -2,26 +2,32 @@
 
 import errno
 import fcntl
+import json
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from openmoe.checkpoint.errors import CheckpointError
-from openmoe.checkpoint.manager import checkpoint_at, find_checkpoint
+from openmoe.checkpoint.manager import FOLDER, checkpoint_at, find_checkpoint, steps
 from openmoe.checkpoint.manifest import read_manifest
 from openmoe.launcher.errors import ConfigError
 
 _LOOK_SECONDS = 0.2  # between two tries to get the lock
 
 
-def resume_point(resume: str, run_dir: Path) -> Path | None:
+def resume_point(resume: str, run_dir: Path, branch: dict[str, Any] | None = None) -> Path | None:
     """The checkpoint to go on from, None for a fresh start.
+
+    `branch` is the configuration of a run that was started again after processes were lost. Where `resume` is
+    a checkpoint of its own folder, the newest one counts that it has written since.
 
     Raises ConfigError where the folder holds another run, CheckpointError where `resume` names no checkpoint.
     """
-    found = find_checkpoint(resume, run_dir)
+    found = _newest_of(branch, run_dir, resume) if branch and belongs_to(Path(resume), run_dir) else None
+    found = found or find_checkpoint(resume, run_dir)
     if found is not None and _holds_weights_alone(found):
         raise ConfigError(
             f"checkpoint.resume={resume}: {found} holds weights alone; start a run from them with "
@@ -36,6 +42,24 @@ def resume_point(resume: str, run_dir: Path) -> Path | None:
             f"run.dir={run_dir}: holds a run already; choose another, or checkpoint.resume=auto to go on"
         )
     return found
+
+
+def _newest_of(branch: dict[str, Any], run_dir: Path, start: str) -> Path | None:
+    """The newest checkpoint in `run_dir` that a run of this configuration has written after `start`, which
+    may have been deleted since; None where there is none yet."""
+    own = json.loads(json.dumps(branch))  # as a manifest has it
+    try:
+        first = read_manifest(Path(start)).step + 1
+    except CheckpointError:
+        first = 0
+    for folder in reversed(steps(run_dir / FOLDER)):
+        try:
+            manifest = read_manifest(folder)
+        except CheckpointError:
+            continue
+        if manifest.step >= first and manifest.metadata.get("config") == own:
+            return folder
+    return None
 
 
 def _holds_weights_alone(checkpoint: Path) -> bool:

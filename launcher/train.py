@@ -27,9 +27,9 @@ from openmoe.data.tokenizer import Tokenizer
 from openmoe.launcher.entry import run_joined
 from openmoe.launcher.errors import ConfigError
 from openmoe.launcher.layout import count_ranks, describe, lay_out, place, ranks_of, rows_of_process
-from openmoe.launcher.outputs import Outputs, hold_folder, open_outputs
+from openmoe.launcher.outputs import Outputs, await_folder, find_start, hold_folder, open_outputs
 from openmoe.launcher.processes import ALONE, Processes
-from openmoe.launcher.run_folder import belongs_to, resume_point, start_point
+from openmoe.launcher.run_folder import belongs_to, start_point
 from openmoe.launcher.schema import Config
 from openmoe.model.accounting import count_flops, count_parameters
 from openmoe.optim.build import build_optimizer
@@ -56,7 +56,9 @@ def train(config: Config, processes: Processes = ALONE) -> None:
     total_steps = processes.agree(lambda: count_steps(config))
     device = processes.start("cpu" if config.parallel.engine == "xla" else config.run.device)
     run_dir = Path(config.run.dir)
-    resume_from = processes.agree(lambda: resume_point(config.checkpoint.resume, run_dir))
+    if processes.restarted:
+        processes.agree(lambda: await_folder(run_dir) if processes.rank == 0 else None)
+    resume_from = processes.agree(lambda: find_start(config, processes.restarted))
     weights_from = processes.agree(lambda: start_point(config.checkpoint.initialise_from, resume_from))
     data = processes.first_of_node(
         lambda: prepare(config.data, config.model.vocab_size, source_names(config))

@@ -372,8 +372,10 @@ def test_rank_0_is_killed(together: Together) -> None:
 
 
 def test_what_all_ranks_find_is_told_once(together: Together) -> None:
-    """Bug: a loss that is NaN is reported by each of 512 ranks."""
+    """Bug: a loss that is NaN is reported by each of 512 ranks; or a process that has failed stays, as
+    something of it still goes on."""
     late = "time.sleep(0 if rank == 1 else 1)\nfrom openmoe.train.loop import NonFiniteLoss\n"
+    late += "import threading; threading.Thread(target=time.sleep, args=(100,)).start()\n"
     body = START + late + 'raise NonFiniteLoss("loss=nan at step 3")'
     ended = together(3, body)
     assert check_refused(ended, code=3) == "error: loss=nan at step 3"

@@ -1,17 +1,20 @@
 """Who may write into a run's folder."""
 
 import os
+import shutil
 import signal
 import threading
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from openmoe.data.prepare import prepare
 from openmoe.launcher.entry import load_config
 from openmoe.launcher.errors import ConfigError
-from openmoe.launcher.outputs import hold_folder
+from openmoe.launcher.outputs import find_start, hold_folder
+from openmoe.launcher.processes import Processes
 from openmoe.launcher.run_folder import sole_writer
 from openmoe.launcher.train import train
 from openmoe.train.metrics import WandbWriter
@@ -45,19 +48,55 @@ def test_a_run_that_began_in_between(small: Small, tmp_path: Path, monkeypatch: 
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
 
 
-def test_a_restarted_run_waits_for_the_life_before(small: Small, tmp_path: Path) -> None:
-    """Bug: a restart given up at once, because a worker of the life before takes a moment to end."""
-    config = load_config(small(tmp_path / "run"))
+class Restarted(Processes):
+    """One process, started again by a launcher."""
+
+    restarted = True
+
+
+def test_a_restarted_run_goes_on_from_what_the_life_before_left_last(
+    small: Small, undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Bug: a restart given up at once, because a worker of the life before takes a moment to end; or because
+    that one has still committed a checkpoint."""
+    run_dir = tmp_path / "run"
+    config = load_config(small(run_dir, "checkpoint.resume=auto"))
+    train(load_config(small(run_dir, "train.steps=3")))
+    (run_dir / "checkpoints" / "step_3").rename(tmp_path / "step_3")
     before = ExitStack()
-    before.enter_context(sole_writer(tmp_path / "run"))
+    before.enter_context(sole_writer(run_dir))
     with pytest.raises(ConfigError, match="another process is training there"), hold_folder(config, None):
         pass
-    ending = threading.Timer(0.5, before.close)
+
+    def end() -> None:
+        (tmp_path / "step_3").rename(run_dir / "checkpoints" / "step_3")
+        before.close()
+
+    ending = threading.Timer(0.5, end)
     ending.start()
-    with hold_folder(config, None, restarted=True):
-        ending.join()
-        with pytest.raises(ConfigError), sole_writer(tmp_path / "run", 0.3):
-            pass
+    train(config, Restarted())
+    ending.join()
+    assert lines(run_dir)[3:] == undisturbed[3:]
+
+
+def test_a_restarted_branch_goes_on_from_its_own_newest_checkpoint(small: Small, tmp_path: Path) -> None:
+    """Bug: a run that began at an old checkpoint of its folder begins there again after each lost worker, or
+    ends as that one has been deleted meanwhile; or it goes on from a checkpoint of the branch before."""
+    run_dir = tmp_path / "run"
+    train(load_config(small(run_dir)))  # step_6, step_9, step_12
+    start = f"checkpoint.resume={run_dir / 'checkpoints' / 'step_6'}"
+    config = load_config(small(run_dir, start, "optim.decay_rate=0.7"))
+    assert find_start(config, restarted=True).name == "step_6"  # killed before it set the others aside
+    other = load_config(small(run_dir, start, "optim.decay_rate=0.7", "train.steps=9"))
+    train(config)
+    assert find_start(config).name == "step_6"
+    newest = find_start(config, restarted=True)
+    assert newest.name == "step_12"
+    with hold_folder(config, newest, restarted=True):
+        pass
+    assert find_start(other, restarted=True).name == "step_6"
+    shutil.rmtree(run_dir / "checkpoints" / "step_6")
+    assert find_start(config, restarted=True).name == "step_12"
 
 
 def test_a_branch_gets_its_own_wandb_page(small: Small, commands: Commands, tmp_path: Path) -> None:

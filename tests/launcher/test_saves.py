@@ -5,9 +5,11 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from openmoe.checkpoint.errors import SaveCancelled
 from openmoe.checkpoint.storage import verify_checkpoint
+from openmoe.launcher.errors import failure_of
 
-from .commands import Commands, signal_before, wrap
+from .commands import Commands, signal_before, wait_for, wrap
 from .conftest import Small, lines
 from .test_failures import error_line
 from .test_whole_runs import start_run
@@ -133,3 +135,30 @@ def test_kill_while_a_save_is_in_the_background(
     assert code == 0, stderr
     assert lines(run_dir) == undisturbed
     assert steps_saved(run_dir) == [3, 6, 9, 12]  # one too many, which goes with the next save
+
+
+def test_a_save_that_one_rank_breaks_off(small: Small, commands: Commands, tmp_path: Path) -> None:
+    """Bug: a second Ctrl-C on one rank shows as a traceback of another; or that rank leaves without telling
+    the others' saves."""
+    run_dir = tmp_path / "run"
+    until_cancelled = f"""
+open({str(tmp_path / "saving")!r}, "a").close()
+while os.environ["RANK"] == "1" and not args[2]._cancelled.is_set():
+    time.sleep(0.01)
+return call()
+"""
+    arguments = small(run_dir, "checkpoint.every_steps=0", "parallel.expert=2")
+    started = start_run(commands, 2, arguments, wrap(SAVED, until_cancelled))
+    wait_for(lambda: (tmp_path / "saving").exists())
+    for _ in range(2):
+        started[1].sleep(0.5)  # both wait for the last save
+        started[1].kill(signal.SIGINT)
+    codes = [command.wait(60) for command in started]
+    said = "".join(command.stderr for command in started)
+    assert codes == [3, 130], said
+    assert "Traceback" not in said
+    assert "error:" not in said
+    assert said.count("interrupted") == 1
+    assert "SaveCancelled" in (run_dir / "logs" / "rank_00000.log").read_text()
+    assert not steps_saved(run_dir)
+    assert not failure_of(SaveCancelled("told by nobody else")).traceback
