@@ -206,7 +206,8 @@ class XlaRanks:
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Squares of the last dimension are summed in the tensors' type, those sums in float64; without a change
-    of shape, which would move what lies on many devices."""
-    sums = [torch.linalg.vector_norm(x, dim=-1).double().square().sum() for x in tensors]
-    return torch.stack(sums).sum().sqrt()
+    """Squares are summed in the tensors' type, the last dimension first, and only the sums of tensors in
+    float64, which a TPU emulates: a compiler takes minutes for it. No change of shape, which would move what
+    lies on many devices."""
+    sums = [torch.linalg.vector_norm(x, dim=-1).square().sum() for x in tensors]
+    return torch.stack(sums).double().sum().sqrt()
