@@ -36,7 +36,7 @@ setup(
     ],
     extras_require={
         "gpu": ["torch>=2.11,<2.14"],
-        "tpu": ["torch==2.9.1", "torch_xla==2.9.0"],
+        "tpu": ["torch==2.9.1", "torch_xla[tpu]==2.9.0"],
         "deepspeed": ["deepspeed>=0.19.8,<0.20", "ninja>=1.11,<2"],
         "eval": ["transformers>=5,<6", "lm_eval>=0.4.12,<0.5"],
         "dev": [
@@ -61,6 +61,7 @@ setup(
             "openmoe-prepare=openmoe.launcher.prepare:main",
             "openmoe-report=openmoe.launcher.report:main",
             "openmoe-tokenizer=openmoe.launcher.tokenizer:main",
+            "openmoe-tpu=openmoe.launcher.tpu:main",
             "openmoe-xla-spawn=openmoe.launcher.xla_spawn:main",
         ]
     },

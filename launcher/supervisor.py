@@ -164,7 +164,9 @@ class Supervisor:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        previous = {number: signal.signal(number, self._pass_on) for number in _STOPS}
+        # Under nohup a closed terminal is no reason to stop.
+        numbers = [number for number in _STOPS if signal.getsignal(number) != signal.SIG_IGN]
+        previous = {number: signal.signal(number, self._pass_on) for number in numbers}
         try:
             yield
         finally:
