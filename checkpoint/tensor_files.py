@@ -4,14 +4,16 @@ A `TensorParts` is a tensor that is somewhere else: its parts follow each other 
 bytes of all parts in their order are its bytes.
 """
 
+import fcntl
 import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,25 +149,58 @@ def new_folder(target: Path) -> Iterator[Path]:
     """A folder that has its name only once all of it is written and synced; what fails leaves nothing.
 
     It is built under a name of its own, so that two writers of one target do not meet: the second to end is
-    told that it exists. Raises CheckpointError where `target` exists, CheckpointWriteError where the disk
-    refuses.
+    told that it exists. What a killed writer of it has left goes. Raises CheckpointError where `target`
+    exists, CheckpointWriteError where the disk refuses.
     """
     _require_new(target)
-    partial = target.with_name(f"{target.name}.{secrets.token_hex(8)}.partial")
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        _sync_folder(partial)
-        _require_new(target)
-        partial.rename(target)
-        _sync_folder(target.parent)
+        _remove_leftovers(target)
+        with _held_folder(target) as partial:
+            yield partial
+            _sync_folder(partial)
+            _require_new(target)
+            partial.rename(target)
+            _sync_folder(target.parent)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         what = f"{target}: not written: {error.strerror or error}"
         raise CheckpointWriteError(error.errno, what) from error
+
+
+@contextmanager
+def _held_folder(target: Path) -> Iterator[Path]:
+    """A folder to build `target` in, locked for as long as its writer lives; what fails removes it."""
+    while True:
+        partial = target.with_name(f"{target.name}.{secrets.token_hex(8)}.partial")
+        partial.mkdir(parents=True)
+        try:
+            held = os.open(partial, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # another writer has taken it for a leftover
+        with suppress(OSError):  # a file system without locks: nobody takes it for one then
+            fcntl.flock(held, fcntl.LOCK_EX)
+        if partial.exists():
+            break
+        os.close(held)
+    try:
+        yield partial
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        os.close(held)
+
+
+def _remove_leftovers(target: Path) -> None:
+    pattern = re.compile(re.escape(target.name) + r"\.[0-9a-f]{16}\.partial")
+    found = target.parent.iterdir() if target.parent.is_dir() else []
+    for folder in [folder for folder in found if pattern.fullmatch(folder.name)]:
+        with suppress(OSError):  # its writer lives, or has just ended
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(descriptor)
 
 
 def _require_new(target: Path) -> None:

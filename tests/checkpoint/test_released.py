@@ -493,6 +493,20 @@ def test_two_writers_of_one_folder(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"model", "model.partial"}
 
 
+def test_what_a_killed_writer_left_goes(tmp_path: Path) -> None:
+    """Bug: each try that was killed leaves gigabytes; or what belongs to another target goes."""
+    left, other, own = (
+        tmp_path / f"{name}.partial"
+        for name in ("model.0123456789abcdef", "model.b.0123456789abcdef", "model.x")
+    )
+    for folder in (left, other, own):
+        folder.mkdir()
+        (folder / "a").touch()
+    with new_folder(tmp_path / "model"):
+        assert not left.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", other.name, own.name}
+
+
 def test_float64_stays(tmp_path: Path) -> None:
     """Bug: a float64 model rounded on its way."""
     save(tmp_path / "step_7", dtype=torch.float64)

@@ -124,8 +124,22 @@ def lose(run_dir: Path, rank: int, launcher: subprocess.Popen[bytes], step: int)
     before = starts.read_text().count("start of rank")
     os.kill(worker(run_dir, rank), signal.SIGKILL)
     limit = time.monotonic() + SECONDS
-    while starts.read_text().count("start of rank") == before and time.monotonic() < limit:
-        assert launcher.poll() is None
+    while starts.read_text().count("start of rank") == before:
+        assert launcher.poll() is None, "it has ended"
+        assert time.monotonic() < limit, "it has not started again"
+        time.sleep(0.05)
+
+
+def lose_at_the_start(launcher: subprocess.Popen[bytes]) -> None:
+    """Kills the worker of `launcher` while it still imports."""
+    limit = time.monotonic() + SECONDS
+    while True:
+        for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+            if b"openmoe.launcher.train" in Path(f"/proc/{child}/cmdline").read_bytes():
+                os.kill(int(child), signal.SIGKILL)
+                return
+        assert launcher.poll() is None, "it has ended"
+        assert time.monotonic() < limit, "it has started no worker"
         time.sleep(0.05)
 
 
@@ -167,17 +181,19 @@ def test_two_nodes_lose_workers(corpus: list[str], undisturbed: list[dict[str, A
     """Bug: the node that lost a worker counts a restart and the other one doesn't, so that their processes
     wait for each other in two lives."""
     run_dir = tmp_path / "run"
-    arguments = [*corpus, f"run.dir={run_dir}", "parallel.start_timeout_seconds=100"]
+    # So late that nobody is helped by it.
+    arguments = [*corpus, f"run.dir={run_dir}", f"parallel.start_timeout_seconds={2 * SECONDS}"]
     with two_nodes("2", arguments, tmp_path) as nodes:
-        for rank, step in ((1, 6), (1, 12), (0, 19)):
-            lose(run_dir, rank, nodes[rank], step)
+        lose_at_the_start(nodes[1])  # the other node's worker has nobody to lose yet, and is only ended
+        lose(run_dir, 1, nodes[1], 6)
+        lose(run_dir, 0, nodes[0], 15)
         for node in (0, 1):
             assert nodes[node].wait(SECONDS) == 0, (tmp_path / f"printed_{node}").read_text()
     assert lines(run_dir) == undisturbed
     counts = [
         re.findall(r"restart_count=(\d)", (tmp_path / f"printed_{node}").read_text()) for node in (0, 1)
     ]
-    assert counts[0] != counts[1], "both nodes have counted alike: nothing is shown"
+    assert [of_node[1] for of_node in counts] == ["0", "1"], counts
 
 
 @pytest.mark.distributed
