@@ -1,12 +1,13 @@
 # Every target builds the environment it needs. VENV=path chooses another folder, PYTHON=path another interpreter.
 VENV ?= .venv
 VENV_XLA ?= .venv-xla
+VENV_XLA_COMPILE ?= .venv-xla-compile
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 ROOMS := $(filter-out tests,$(patsubst %/__init__.py,%,$(wildcard */__init__.py)))
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-input
 
-.PHONY: install format check test test-distributed test-gpu test-xla demo clean
+.PHONY: install format check test test-distributed test-gpu test-xla xla-compile demo clean
 
 install: $(VENV)/.installed
 
@@ -25,6 +26,12 @@ $(VENV_XLA)/.installed: requirements-xla.txt requirements.txt setup.py
 	@grep -v '^torch' requirements.txt > $(VENV_XLA)/constraints.txt
 	@$(VENV_XLA)/bin/python $(PIP_INSTALL) -r requirements-xla.txt -c $(VENV_XLA)/constraints.txt
 	@$(VENV_XLA)/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV_XLA_COMPILE)/.installed: requirements-xla-compile.txt
+	@echo "Installing requirements-xla-compile.txt into $(VENV_XLA_COMPILE) (1 GB)"
+	@test -x $(VENV_XLA_COMPILE)/bin/python || $(PYTHON) -m venv $(VENV_XLA_COMPILE)
+	@$(VENV_XLA_COMPILE)/bin/python $(PIP_INSTALL) -r requirements-xla-compile.txt
 	@touch $@
 
 format: $(VENV)/.installed
@@ -56,6 +63,11 @@ test-gpu: $(VENV)/.installed
 test-xla: $(VENV_XLA)/.installed
 	@PJRT_DEVICE=CPU CPU_NUM_DEVICES=8 XLA_FLAGS=--xla_backend_optimization_level=0 TF_CPP_MIN_LOG_LEVEL=2 $(VENV_XLA)/bin/python -m pytest -q tests/xla
 	@$(VENV_XLA)/bin/python -m pytest -q tests/model tests/optim tests/checkpoint tests/parity
+
+# One training step through the compiler of TPU v3, no TPU needed. CASES="base_1_8_1 ..." takes some of the table
+# (docs/tpu.md); all of them take an hour.
+xla-compile: $(VENV_XLA)/.installed $(VENV_XLA_COMPILE)/.installed
+	@$(VENV_XLA)/bin/python -m benchmarks.xla_compile --compiler $(VENV_XLA_COMPILE)/bin/python $(CASES)
 
 demo: $(VENV)/.installed
 	@$(VENV)/bin/python -m openmoe.launcher.train experiment=tiny run.dir=runs/demo checkpoint.resume=auto
