@@ -5,6 +5,7 @@ positions of every row and the whole vocabulary, so that devices may share rows 
 and no index but a comparison picks the target's logit.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -16,26 +17,42 @@ from openmoe.model.losses import HeadLoss
 from openmoe.model.tensor_ranks import TensorRanks
 
 LOGITS = ("rows", "positions", "vocab")
+WEIGHTS_OF_ROWS = ("rows", "vocab", "embed")
 
 
-def positions_head_loss(tile_bytes: int, constrain: Constrain = unconstrained) -> HeadLoss:
+def positions_head_loss(
+    tile_bytes: int, constrain: Constrain = unconstrained, row_shares: int = 1
+) -> HeadLoss:
     """`linear_cross_entropy` for whole rows: hidden `[rows, seq_len, d_model]`, targets and results `[rows,
     seq_len]`. A tile's float32 logits take `tile_bytes` at most, on all devices together; the passes hold
-    about three such tiles."""
-    return partial(_loss, tile_bytes, constrain)
+    about three such tiles. `row_shares`: among so many devices rows are shared out."""
+    return partial(_loss, tile_bytes, constrain, row_shares)
 
 
 def _loss(
-    tile_bytes: int, constrain: Constrain, hidden: Tensor, weight: Tensor, targets: Tensor, _: TensorRanks
+    tile_bytes: int,
+    constrain: Constrain,
+    row_shares: int,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    _: TensorRanks,
 ) -> tuple[Tensor, Tensor, Tensor]:
     positions = max(1, tile_bytes // (4 * len(hidden) * len(weight)))
-    return _LossByPosition.apply(hidden, weight, targets, positions, constrain)
+    shares = math.gcd(row_shares, len(hidden))
+    return _LossByPosition.apply(hidden, weight, targets, positions, constrain, shares)
 
 
 class _LossByPosition(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, tile_positions: int, constrain: Constrain
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        tile_positions: int,
+        constrain: Constrain,
+        row_shares: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         matrix = weight.to(hidden.dtype).t()
@@ -52,7 +69,7 @@ class _LossByPosition(torch.autograd.Function):
             correct.append((target_logit == best) & ~earlier.any(-1))
             nll.append(tile_log_z - target_logit)
             log_z.append(tile_log_z)
-        ctx.tile_positions, ctx.constrain = tile_positions, constrain
+        ctx.tile_positions, ctx.constrain, ctx.row_shares = tile_positions, constrain, row_shares
         log_z_of_rows = torch.cat(log_z, 1)
         ctx.save_for_backward(hidden, weight, targets, log_z_of_rows)
         of_rows = torch.cat(correct, 1)
@@ -69,12 +86,15 @@ class _LossByPosition(torch.autograd.Function):
         parts = (hidden, targets, log_z, factor, grad_loss)
         tiles = zip(*(x.split(ctx.tile_positions, 1) for x in parts), strict=True)
         grad_hidden = []
-        grad_weight = torch.zeros_like(weight)
+        # One for each share of the rows until the end: a partitioner would add up over devices tile by tile.
+        grad_weights = weight.new_zeros(ctx.row_shares, *weight.shape)
         for x, target, tile_log_z, tile_factor, tile_grad_loss in tiles:
             logits = ctx.constrain((x @ matrix.t()).to(log_z.dtype), LOGITS)
             grad = (logits - tile_log_z[..., None]).exp() * tile_factor
             grad = torch.where(vocabulary == target[..., None], grad - tile_grad_loss[..., None], grad)
             grad = ctx.constrain(grad, LOGITS).to(hidden.dtype)
             grad_hidden.append(grad @ matrix)
-            grad_weight += torch.einsum("rpv,rpd->vd", grad, x)
-        return torch.cat(grad_hidden, 1), grad_weight, None, None, None
+            grad, x = (part.unflatten(0, (ctx.row_shares, -1)) for part in (grad, x))
+            of_tile = torch.einsum("srpv,srpd->svd", grad, x)
+            grad_weights = ctx.constrain(grad_weights + of_tile, WEIGHTS_OF_ROWS)
+        return torch.cat(grad_hidden, 1), grad_weights.sum(0), None, None, None, None

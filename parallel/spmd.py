@@ -93,7 +93,9 @@ def meta_model(
             config,
             dispatcher=einsum_dispatcher(spmd.constrain),
             compute_dtype=compute_dtype,
-            head_loss=positions_head_loss(HEAD_TILE_BYTES * spmd.devices, spmd.constrain),
+            head_loss=positions_head_loss(
+                HEAD_TILE_BYTES * spmd.devices, spmd.constrain, spmd.devices // parallel.tensor
+            ),
             attend=einsum_attention,
         )
     for block in model.layers:

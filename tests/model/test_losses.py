@@ -50,16 +50,16 @@ def test_first_of_equal_logits_is_the_guess():
     assert correct.tolist() == [True, False, False]
 
 
-@pytest.mark.parametrize("positions", [1, 4, 11])
+@pytest.mark.parametrize(("positions", "row_shares"), [(1, 1), (4, 3), (4, 2), (11, 1)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_tiles_of_positions_equal_the_plain_form(positions, dtype):
+def test_tiles_of_positions_equal_the_plain_form(positions, row_shares, dtype):
     """A slip at a tile's edge or in either gradient; a gradient of the weight that is summed in bfloat16."""
     generator = torch.Generator().manual_seed(positions)
     hidden = torch.randn(3, 11, 16, generator=generator, dtype=torch.float64).to(dtype)
     weight = torch.randn(50, 16, generator=generator, dtype=torch.float64).to(dtype)
     targets = torch.randint(50, (3, 11), generator=generator)
     scale = torch.randn(2, 33, generator=generator, dtype=torch.float64)
-    by_position = positions_head_loss(4 * positions * 3 * 50)
+    by_position = positions_head_loss(4 * positions * 3 * 50, row_shares=row_shares)
     found = []
     for function in (plain, lambda h, w, t: by_position(h.unflatten(0, (3, 11)), w, targets, ONE_RANK)):
         h = hidden.flatten(0, 1).clone().requires_grad_()
