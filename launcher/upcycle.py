@@ -10,15 +10,18 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, Field
 
+from openmoe.checkpoint.errors import CheckpointError
 from openmoe.checkpoint.load_model import load_model
 from openmoe.checkpoint.manager import checkpoint_at
-from openmoe.checkpoint.origin import model_config_of, require_tokenizer
+from openmoe.checkpoint.manifest import Manifest
+from openmoe.checkpoint.origin import model_config_of, require_tokenizer, tokenizer_of
 from openmoe.checkpoint.storage import verify_checkpoint
 from openmoe.checkpoint.stored_tensors import CheckpointTensors
 from openmoe.checkpoint.tensor_files import TensorParts
 from openmoe.checkpoint.upcycling import Recipe, require_fitting, upcycled
 from openmoe.checkpoint.weights import write_weights
 from openmoe.data.config import PathText
+from openmoe.data.errors import DataError
 from openmoe.data.prepare import PreparedData, prepare
 from openmoe.data.shards import TOKENIZER
 from openmoe.launcher.entry import run_command
@@ -65,14 +68,15 @@ def upcycle(page: UpcyclePage) -> None:
     target = Path(asked.to) / f"step_{manifest.step}"
     if (Path(asked.to) / RECEIPT).exists():
         raise ConfigError(f"upcycle.to={asked.to}: holds an upcycled model already; choose another")
-    other_files, batches = {}, {}
+    other_files: dict[str, bytes] = {}
+    batches: dict[str, list[MicroBatch]] = {}
     if asked.receipt_rows:  # before anything is written: text that can't be read must leave nothing behind
         data = prepare(page.data, page.model.vocab_size, source_names(page))
         require_tokenizer(source, manifest, data.tokenizer.sha256)
         other_files[TOKENIZER] = data.tokenizer.model
         batches = held_back(page, data)
-    elif TOKENIZER in manifest.files:
-        other_files[TOKENIZER] = (source / TOKENIZER).read_bytes()
+    else:
+        other_files |= _tokenizer(source, manifest)
     recipe = Recipe(asked.method, asked.noise, asked.fraction, asked.expert_share, page.run.seed)
     stored = CheckpointTensors(source, manifest)
     parameters = _parameters(page.model)
@@ -108,6 +112,18 @@ def upcycle(page: UpcyclePage) -> None:
     print(receipt_text(receipt))
     key = "resume" if asked.data == "kept" else "initialise_from"
     print(f"{target}: go on with checkpoint.{key}={target}")
+
+
+def _tokenizer(source: Path, manifest: Manifest) -> dict[str, bytes]:
+    """The tokenizer's file of a checkpoint; of one that has none the tokenizer that its run's data give.
+    Where they don't, that is said."""
+    if TOKENIZER in manifest.files:
+        return {TOKENIZER: (source / TOKENIZER).read_bytes()}
+    try:
+        return {TOKENIZER: tokenizer_of(source, manifest).model}
+    except (CheckpointError, DataError) as error:
+        print(f"the result holds no tokenizer: {error}")
+        return {}
 
 
 def held_back(page: UpcyclePage, data: PreparedData) -> dict[str, list[MicroBatch]]:

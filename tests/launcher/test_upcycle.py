@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from openmoe.checkpoint.manifest import read_manifest
+from openmoe.data.config import TokenizerConfig
+from openmoe.data.tokenizer import train_tokenizer
 from openmoe.launcher import train, upcycle
 
 from .conftest import Small, lines
@@ -91,7 +94,11 @@ def test_from_dense_to_experts(
 
 
 def test_another_text(
-    small: Small, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+    small: Small,
+    tmp_path: Path,
+    command: Command,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Bug: a receipt that fails leaves a checkpoint behind, and the next try is told that it is there; tokens
     of another tokenizer read with the dense model's embedding; an upcycled model without its tokenizer."""
@@ -115,3 +122,17 @@ def test_another_text(
         command(upcycle, *page, f"upcycle.receipt_rows={rows}")
         assert (tmp_path / "up/step_1/tokenizer.model").read_bytes() == own
         shutil.rmtree(tmp_path / "up")
+
+    # A checkpoint of an earlier version holds none.
+    dense = tmp_path / "dense/checkpoints/step_1"
+    manifest = read_manifest(dense)
+    files = {name: entry for name, entry in manifest.files.items() if name != "tokenizer.model"}
+    (dense / "manifest.json").write_text(manifest.model_copy(update={"files": files}).text())
+    (dense / "tokenizer.model").unlink()
+    command(upcycle, *page, "upcycle.receipt_rows=0")
+    assert (tmp_path / "up/step_1/tokenizer.model").read_bytes() == own
+    shutil.rmtree(tmp_path / "up")
+    other = train_tokenizer(["some other text " * 50], TokenizerConfig(vocab_size=512))
+    monkeypatch.setattr("openmoe.checkpoint.origin.open_tokenizer", lambda *_: other)
+    assert "holds no tokenizer: " in command(upcycle, *page, "upcycle.receipt_rows=0")
+    assert not (tmp_path / "up/step_1/tokenizer.model").exists()
