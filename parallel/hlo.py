@@ -21,7 +21,7 @@ _MARK = re.compile(
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _CALLED = re.compile(r"\b(?:calls|body|condition|to_apply|async_wrapped)=%?([\w.\-]+)")
 _TRIPS = re.compile(r"\"known_trip_count\":\{\"n\":\"(\d+)\"\}")
-_COLLECTIVE = re.compile(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\((.*?)\)[,\s]")
+_COLLECTIVE = re.compile(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\((.*?)\)(?:[,\s]|$)")
 _GROUPS = re.compile(r"replica_groups=(\{\{[\d,{}]*\}\}|\{\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)")
 _PAIRS = re.compile(r"source_target_pairs=\{\{([\d,{}]*)\}\}")
 
