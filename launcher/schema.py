@@ -49,6 +49,9 @@ class Config(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf_nan=
                 f"data.packing=dense: allowed with model.mask_padding=false and model.route_padding=false; "
                 f"{key} is true, and what it does to padding is defined for rows attended to whole"
             )
+        if train.profile and (self.parallel.compile or self.parallel.engine == "xla"):
+            other = "parallel.compile=true" if self.parallel.compile else "parallel.engine=xla"
+            raise ValueError(f"train.profile=true: allowed without {other}, which hides the parts of a step")
         return self
 
 

@@ -37,6 +37,7 @@ from openmoe.optim.schedules import learning_rate
 from openmoe.parallel.build import DTYPES, build
 from openmoe.parallel.ranks import Ranks
 from openmoe.train.loop import Run, fit
+from openmoe.train.profile import Profile
 from openmoe.train.signals import StopSignals
 from openmoe.train.step import MicroBatch, host_memory, micro_batches
 from openmoe.train.throughput import PeakFlops, data_sheet_peak, peak_flops
@@ -154,6 +155,9 @@ def train(config: Config, processes: Processes = ALONE) -> None:
             counters=counters,
         )
         say = outputs.progress.print if outputs else processes.log.write
+        if config.train.profile and is_first:
+            folder, steps = run_dir / "profile", total_steps - step
+            run.profile = Profile(model, optimizer, device, folder, run.utilization, steps, say)
         layout = describe(topology, device, ranks)
         _announce(say, run, config, layout, resume_from or weights_from, peak.source, repetitions)
         _fit(run, stop, say, run_dir, checkpoints)

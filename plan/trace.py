@@ -21,23 +21,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from openmoe.model import experts
-from openmoe.model.decoder import Block
+from openmoe.model.parts import HEAD, modules_by_part
 
 META = torch.device("meta")
 Result = TypeVar("Result")
-# End of a module's path -> part of the step that it and what is inside it belong to. What lies outside of all
-# of them is head and loss.
-PARTS = {
-    "attention": "attention",
-    "ffn": "FFN",
-    "experts": "experts",
-    "router": "router",
-    "moe": "dispatch",
-    "_norm": "norms and residuals",
-    "embedding": "embedding",
-}
-BLOCK = "norms and residuals"
-HEAD = "head and loss"
 
 
 @dataclass(frozen=True)
@@ -181,12 +168,8 @@ def trace(model: nn.Module, loss: Callable[[], Tensor]) -> Trace:
         patch.object(experts, "_has_grouped_gemm", lambda x, weight: x.dtype == torch.bfloat16),
         Watch() as watch,
     ):
-        for path, module in model.named_modules():
-            part = next((part for ending, part in PARTS.items() if path.endswith(ending)), None)
-            if part and not path.startswith("final"):
-                watch.follow(module, part)
-            elif isinstance(module, Block):
-                watch.follow(module, BLOCK)
+        for module, part in modules_by_part(model):
+            watch.follow(module, part)
         for parameter in model.parameters():
             watch.leave_out(parameter)
             parameter.register_post_accumulate_grad_hook(lambda p: _release(watch, p))

@@ -23,6 +23,7 @@ class TrainConfig(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf
     freeze_router_at_step: int | None = Field(None, ge=0)  # from this step on routers get no update
     validate_every_steps: int = Field(0, ge=0)  # 0: only where a phase or the run ends
     validation_rows: int = Field(16, ge=0, le=2**16)  # of each source; 0: no validation
+    profile: bool = False  # some of the first steps, into the folder `profile` of run.dir
 
     @model_validator(mode="after")
     def check(self) -> Self:

@@ -14,6 +14,7 @@ from openmoe.parallel.ranks import Ranks
 from openmoe.parallel.watchdog import NoWatchdog
 from openmoe.train.config import TrainConfig
 from openmoe.train.metrics import Writer
+from openmoe.train.profile import NO_PROFILE, NoProfile
 from openmoe.train.record import SentStep, read_metrics, send_metrics
 from openmoe.train.signals import StopSignals
 from openmoe.train.step import MicroBatch, micro_batches, train_step
@@ -45,6 +46,7 @@ class Run:
     device: torch.device
     ranks: Ranks
     watchdog: NoWatchdog
+    profile: NoProfile = NO_PROFILE
     read_every_steps: int = 1  # steps whose metrics are read from the device together
     longest_segment: int | None = (
         None  # positions an example may take where rows hold many; see micro_batches
@@ -84,6 +86,7 @@ def fit(run: Run, stop: StopSignals) -> str | None:
             start = time.perf_counter()
         unread.append(_update(run, stop))
         batch = unread[-1].batch
+        run.profile.tick(batch)
         validation_due = _validation_due(run, batch)
         save_due = run.step == run.total_steps or run.save_due(run.step, run.tokens_before, run.tokens_seen)
         if len(unread) < run.read_every_steps and not validation_due and not save_due:
@@ -111,6 +114,7 @@ def fit(run: Run, stop: StopSignals) -> str | None:
                 run.save(run)
         unread.clear()
     _finish_save(run)
+    run.profile.close()
     return stopped_by
 
 
@@ -118,7 +122,8 @@ def _update(run: Run, stop: StopSignals) -> _Update:
     """The next update, of which nothing is read from the device."""
     run.watchdog.step(run.step + 1)
     start = time.perf_counter()
-    batch = next(run.loader)
+    with run.profile.data():
+        batch = next(run.loader)
     data_seconds = time.perf_counter() - start
     frozen = run.config.freeze_router_at_step
     if frozen is not None and run.step >= frozen:
