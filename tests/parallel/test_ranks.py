@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from openmoe.parallel.ranks import SentNumbers, ShardedRanks, sum_of_squares
+from openmoe.parallel.spmd import XlaRanks
 
 
 def test_norm_of_a_large_tensor() -> None:
@@ -36,5 +37,21 @@ def test_numbers_of_several_processes() -> None:
         vectors.clear()
         sent.append([send(rank, step) for rank in range(3)][-1])
     for step, (row, own) in enumerate(rank_of(2).read_numbers(sent), start=1):
+        assert row.tolist() == [6.0 * step, 60.0 * step, 7.0 * step]
+        assert own.tolist() == [[0.5, -step], [1.5, -step], [2.5, -step]]
+
+
+def test_numbers_of_several_hosts() -> None:
+    """Bugs: under XLA, where sums are global on every host, they are added up once more; a host's own numbers
+    stand for another host, or for another step."""
+    vectors: list[Tensor] = []
+    hosts = SimpleNamespace(sum_=lambda x: (vectors.append(x.clone()), x.copy_(sum(vectors))))
+    for host in range(3):  # the last one has the sum of what came before
+        ranks = XlaRanks.__new__(XlaRanks)
+        ranks.rank, ranks.world_size, ranks._hosts = host, 3, hosts  # type: ignore[assignment]
+        sums, same = torch.tensor([6.0, 60.0]).double(), torch.tensor([7.0]).double()
+        sent = [ranks.send_numbers(step * sums, step * same, (host + 0.5, -step)) for step in (1, 2)]
+        read = ranks.read_numbers(sent)
+    for step, (row, own) in enumerate(read, start=1):
         assert row.tolist() == [6.0 * step, 60.0 * step, 7.0 * step]
         assert own.tolist() == [[0.5, -step], [1.5, -step], [2.5, -step]]

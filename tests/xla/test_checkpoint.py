@@ -1,6 +1,5 @@
 """Checkpoints that XLA writes for torch, and the other way round."""
 
-import json
 import os
 import subprocess
 import sys
@@ -15,35 +14,14 @@ import torch
 from openmoe.checkpoint.manager import load_checkpoint
 from openmoe.checkpoint.state import restore_counters, training_tensors
 from openmoe.checkpoint.storage import write_checkpoint
-from openmoe.launcher.entry import load_config
-from openmoe.launcher.train import model_identity, train
+from openmoe.launcher.train import model_identity
 from openmoe.parallel.xla import LocalParts
-from openmoe.train.throughput import PeakFlops
+from tests.xla.runs import SMALL, XLA, lines, run
 from tests.xla.training import Training, batches, mesh, page
 
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2)]
-SMALL = (
-    "experiment=tiny", "logging.wandb=disabled", "data.tokenizer.vocab_size=512", "data.workers=0",
-    "model.vocab_size=896", "model.d_model=32", "model.n_heads=2", "model.head_dim=16", "model.d_ff=32",
-    "model.n_layers=2", "model.num_experts=4", "model.dispatch=einsum", "train.global_batch_rows=8",
-    "train.seq_len=64", "train.validation_rows=2", "checkpoint.keep=0", "checkpoint.resume=auto",
-    "curriculum=[{until_steps: 6, mix: {code: 1}, objective: ul2}, "
-    "{until_steps: 10, mix: {manual: 3, code: 1}, objective: causal_lm}]",
-)  # fmt: skip
-XLA = ("parallel.engine=xla", "parallel.expert=2", "parallel.tensor=2")
 OPTIMIZERS = {name: (f"optim={name}", "optim.schedule.warmup_steps=5") for name in ("adafactor", "adamw")}
 CLOSE = 2e-5
-
-
-@pytest.fixture(autouse=True)
-def _no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "openmoe.launcher.train.peak_flops", lambda device, dtype: PeakFlops(1e12, "no clock")
-    )
-
-
-def run(run_dir: Path, *more: str) -> None:
-    train(load_config([*SMALL, f"run.dir={run_dir}", *more]))
 
 
 def run_on_two_ranks(run_dir: Path, *more: str) -> None:
@@ -57,10 +35,6 @@ def run_on_two_ranks(run_dir: Path, *more: str) -> None:
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-
-
-def lines(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
