@@ -1,6 +1,7 @@
 """Where the time of a step goes: to which part each operation is counted."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler import record_function
 from torch.profiler import profile
 
-from openmoe.train.profile import PartTime, table, time_by_part
+from openmoe.train.profile import PartTime, Profile, table, time_by_part
 
 
 @dataclass(eq=False)
@@ -56,6 +57,8 @@ def test_backward_belongs_to_the_part_that_made_its_node() -> None:
     x, w = (torch.randn(8, 8, requires_grad=True) for _ in range(2))
     profiler = profile()
     profiler.start()
+    with record_function("part: router"):
+        x.detach().relu()  # makes no node, and bears the number of the next one
     with record_function("part: attention"):
         y = x @ w
     with record_function("part: experts"):
@@ -107,6 +110,7 @@ def test_kernels_of_a_gpu() -> None:
 
     attention = Event("part: attention", kernels=[launched(9, "part: attention")])
     events = [
+        attention,
         Event("aten::mm", 1, 5e6, attention, kernels=[launched(2)]),
         Event("c10d::allreduce_", 2, 5e6, attention, kernels=[launched(1)]),
         Event("part: data", 3, 1.5e6),
@@ -117,6 +121,41 @@ def test_kernels_of_a_gpu() -> None:
     assert found["communication"] == PartTime(1.0, 0.0)
     assert found["data"] == PartTime(1.5, 0.0)
     assert found["idle"] == PartTime(4.5, 0.0)
+
+
+class OnePart(torch.nn.Module):
+    """As much of a decoder as a profile touches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.Linear(2, 2)
+
+    def token_losses(self, x: Tensor) -> Tensor:
+        return x.sum()
+
+
+def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    """Bug: hooks that open ranges at every step of the run after the profile, or from its first step on."""
+    model = OnePart()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    said: list[str] = []
+    batch: Any = SimpleNamespace(step=0, positions=1, loss_tokens=1)
+    cpu = torch.device("cpu")
+    watching = Profile(model, optimizer, cpu, tmp_path, lambda *_: 0.5, 10, said.append)  # type: ignore[arg-type]
+
+    def hooked() -> list[bool]:
+        of_module = model.attention._forward_hooks, model.attention._forward_pre_hooks
+        of_optimizer = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+        return [*map(bool, of_module), *map(bool, of_optimizer), "token_losses" in vars(model)]
+
+    for ticks in range(8):
+        assert hooked() == [3 <= ticks < 6] * 5
+        with watching.data():
+            model.token_losses(model.attention(torch.ones(1, 2))).backward()
+        optimizer.step()
+        watching.tick(batch)
+    assert len(said) == 1
+    assert "MFU 50.0%" in said[0]
 
 
 def test_table() -> None:
