@@ -161,6 +161,8 @@ def read_config(path: Path) -> Config:
 
 def _compose(page: type[Page], name: str) -> Page | None:
     """The page with the overrides of sys.argv; None where Hydra only had to print. Raises ConfigError."""
+    if not any(argument.startswith("-") for argument in sys.argv[1:]):
+        return load_page(page, name, sys.argv[1:])  # `hydra.main` would compose the same, twice
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands us its errors and leaves the printing to us
     compositions: list[DictConfig] = []  # none for --cfg and --help
     try:
