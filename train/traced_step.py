@@ -38,10 +38,7 @@ def trace_step(
     topology: Topology,
     dtypes: tuple[torch.dtype, torch.dtype],
 ) -> StepProgram:
-    """`train_step` on an XLA mesh whose devices this process has; `dtypes` of parameters and activations.
-
-    Rows hold several examples each, so attention has its mask.
-    """
+    """`train_step` on an XLA mesh whose devices this process has; `dtypes` of parameters and activations."""
     spmd = TracedSpmd(topology)
     model = meta_model(config, parallel, spmd, dtypes[1])
     for name, parameter in list(model.named_parameters()):
@@ -54,7 +51,7 @@ def trace_step(
     blocks = train.global_batch_rows // rows
     updated = _placed_state(ranks, optimizer, spmd, accumulate=blocks > 1)
     sources = [spmd.source(tensor) for tensor in updated]
-    micro = micro_batches(empty_batch(rows, train.seq_len), -1, spmd.device, packed=True, spread=ranks.rows)
+    micro = micro_batches(empty_batch(rows, train.seq_len), -1, spmd.device, packed=False, spread=ranks.rows)
     positions = float(train.global_batch_rows * train.seq_len)
     result = train_step(model, optimizer, micro, positions, 0.01, train, ranks)
     traced = spmd.program([*updated, *_tensors([getattr(result, f.name) for f in fields(result)])])
