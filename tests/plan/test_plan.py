@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from openmoe.launcher.entry import load_page
-from openmoe.launcher.plan import PlanPage, asked_for
+from openmoe.launcher.plan import PlanPage, asked_for, main
 from openmoe.launcher.schema import Config
 from openmoe.model.batch import Batch
 from openmoe.model.decoder import Decoder
@@ -198,25 +199,33 @@ def test_expert_groups_that_cut_across_tensor_groups_are_traced() -> None:
     assert found.by_part["experts"]
 
 
-def plan(*overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "openmoe.launcher.plan",
-        "experiment=tiny",
-        "model.n_layers=2",
-        *overrides,
-    ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+Command = Callable[..., str]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """command("key=value", ..., code=0) -> stdout; stderr where it ends with another exit code."""
+
+    def run(*overrides: str, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["openmoe-plan", "experiment=tiny", "model.n_layers=2", *overrides])
+        try:
+            main()
+            ended = 0
+        except SystemExit as end:
+            ended = int(end.code or 0)
+        printed = capsys.readouterr()
+        assert ended == code, printed.err
+        return printed.err if code else printed.out
+
+    return run
 
 
 @pytest.mark.slow
-def test_the_command_ranks_layouts(tmp_path: Path) -> None:
+def test_the_command_ranks_layouts(command: Command, tmp_path: Path) -> None:
     """Catches a table that is not in order, and overrides that are not the layout's."""
-    result = plan(
+    printed = command(
         "cluster=h200x8", "cluster.devices=2", "cluster.price_per_device_hour=3", f"plan.output={tmp_path}"
     )
-    assert result.returncode == 0, result.stderr
     records = json.loads((tmp_path / "plan.json").read_text())
     seconds = [record["step_seconds"] for record in records]
     assert seconds == sorted(seconds)
@@ -224,16 +233,14 @@ def test_the_command_ranks_layouts(tmp_path: Path) -> None:
     assert (
         f"parallel.replicate={first['replicate']} parallel.shard={first['shard']} "
         f"parallel.tensor={first['tensor']} parallel.expert={first['expert']}"
-    ) in result.stdout
+    ) in printed
     assert first["cost"] == pytest.approx(first["days"] * 24 * 2 * 3)
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 
 
-def test_what_does_not_fit_is_refused_with_what_would() -> None:
+def test_what_does_not_fit_is_refused_with_what_would(command: Command) -> None:
     """Catches a plan whose first line does not run."""
-    result = plan("cluster=h200x8", "cluster.devices=1", "cluster.memory_bytes=6012000000")
-    assert result.returncode == 2
-    line = result.stderr.strip()
+    line = command("cluster=h200x8", "cluster.devices=1", "cluster.memory_bytes=6012000000", code=2).strip()
     assert "\n" not in line
     assert "cluster.devices=1: the model does not fit" in line
     assert "allowed: 4 devices, where" in line
