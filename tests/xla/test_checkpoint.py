@@ -19,7 +19,7 @@ from openmoe.parallel.xla import LocalParts
 from tests.xla.runs import SMALL, XLA, lines, run
 from tests.xla.training import Training, batches, mesh, page
 
-MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2)]
+MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2)]
 OPTIMIZERS = {name: (f"optim={name}", "optim.schedule.warmup_steps=5") for name in ("adafactor", "adamw")}
 CLOSE = 2e-5
 
