@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from openmoe.checkpoint.manager import load_checkpoint
+from openmoe.checkpoint.config import CheckpointConfig
+from openmoe.checkpoint.manager import CheckpointManager, load_checkpoint
 from openmoe.checkpoint.manifest import read_manifest
 from openmoe.checkpoint.state import restore_counters, training_tensors
 from openmoe.checkpoint.storage import write_checkpoint
+from openmoe.checkpoint.together import Peers
 from openmoe.launcher.entry import without_local_rank
 from openmoe.launcher.errors import ConfigError
 from openmoe.optim.config import AdafactorConfig, AdamWConfig, ConstantSchedule, OptimConfig
@@ -325,6 +328,45 @@ def test_state_of_zero_by_parameter(engine_pool: Pool, tmp_path: Path) -> None:
     )  # fmt: skip
     difference = np.abs(np.subtract(losses(ranks[0]), losses(unbroken[2:])))
     assert difference.max() < 1e-4, difference
+
+
+def save_and_train_on(setup: Setup, stage: int, folder: Path) -> None:
+    """The checkpoint of step 1 twice: by a save that is waited for, and by one beside the next steps."""
+    training = Training(under_deepspeed(setup, stage), TOPOLOGIES["data2-expert2"] or ONE, "fp32")
+    training.step(0)
+
+    def tensors() -> dict[str, Tensor]:
+        return training_tensors(training.model, training.optimizer, training.ranks)
+
+    waited = folder / "waited" / "step_1"
+    write_checkpoint(waited, tensors(), step=1, tokens_seen=1, milestone=False, model={}, metadata={})
+    checkpoints = CheckpointManager(
+        folder, CheckpointConfig(keep=0, asynchronous=True), Peers(dist.new_group(backend="gloo"))
+    )
+    training.optimizer.register_step_pre_hook(lambda *_: checkpoints.wait_to_update())
+    take = checkpoints._copies.take
+
+    def take_late() -> dict[str, Any]:
+        time.sleep(2)  # an update takes less
+        return take()
+
+    checkpoints._copies.take = take_late  # type: ignore[method-assign]
+    checkpoints.save(tensors(), step=1, tokens_seen=1, milestone=False, model={}, metadata={})
+    for number in (1, 2):
+        training.step(number)
+    checkpoints.finish()
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_trains_on_beside_a_save(engine_pool: Pool, stage: int, tmp_path: Path) -> None:
+    """Catches an engine whose update does not wait for the copying, and runs that are copied half updated."""
+    engine_pool.run(save_and_train_on, 2, small(Variant(), ADAMW), stage, tmp_path, timeout_seconds=250)
+    waited = tensors_of(tmp_path / "waited" / "step_1")
+    found = tensors_of(tmp_path / "checkpoints" / "step_1")
+    assert found.keys() == waited.keys()
+    assert [name for name, tensor in found.items() if not torch.equal(tensor, waited[name])] == []
 
 
 @pytest.mark.distributed
