@@ -5,7 +5,6 @@ from typing import cast
 import torch
 
 from openmoe.launcher.errors import ConfigError
-from openmoe.launcher.processes import Processes
 from openmoe.launcher.schema import Config
 from openmoe.parallel.build import exchange_of
 from openmoe.parallel.deepspeed_pairs import check_supported
@@ -44,13 +43,10 @@ def lay_out(config: Config, world_size: int, alone: bool) -> Topology:
     return topology
 
 
-def rows_of_process(config: Config, topology: Topology, processes: Processes) -> slice:
-    """Rows of the global batch that this process reads."""
+def rows_of_process(config: Config, topology: Topology, rank: int) -> slice:
+    """Rows of the global batch that this process reads; under XLA all, of which its devices take theirs."""
     rows = config.train.global_batch_rows
-    if config.parallel.engine != "xla":
-        return topology.rows_of(processes.rank, rows)
-    share = rows // processes.world_size  # the devices of a host are whole tensor groups
-    return slice(processes.rank * share, (processes.rank + 1) * share)
+    return slice(0, rows) if config.parallel.engine == "xla" else topology.rows_of(rank, rows)
 
 
 def describe(topology: Topology, device: torch.device, ranks: Ranks) -> str:
@@ -67,8 +63,10 @@ def describe(topology: Topology, device: torch.device, ranks: Ranks) -> str:
     )
 
 
-def place(topology: Topology, rank: int, rows: slice) -> str:
-    """Where a rank stands, for its log."""
+def place(topology: Topology, rank: int, rows: slice, ranks: Ranks) -> str:
+    """Where a process stands, for its log."""
+    if ranks.rows is not None:
+        return f"host {rank} of {ranks.world_size}, {ranks.rows.count} of {topology.world_size} devices"
     axes: list[GroupName] = ["replicate", "shard", "tensor", "expert_shard", "expert"]
     coordinates = ", ".join(
         f"{axis} {topology.coordinate(axis, rank)}/{topology.size(axis)}" for axis in axes
@@ -76,6 +74,9 @@ def place(topology: Topology, rank: int, rows: slice) -> str:
     return f"{coordinates}, rows {rows.start} to {rows.stop - 1} of a batch"
 
 
-def ranks_of(topology: Topology, rank: int, group: str) -> str:
+def members_of(topology: Topology, processes: int, rank: int, group: str) -> str:
+    """The processes of a group, for people."""
+    if processes != topology.world_size:
+        return f"{processes} hosts"  # under XLA, where processes have no other group
     members = topology.group(cast(GroupName, group), rank)
     return f"ranks {' '.join(map(str, members))}" if len(members) <= 16 else f"{len(members)} ranks"

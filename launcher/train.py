@@ -26,7 +26,7 @@ from openmoe.data.shards import TOKENIZER
 from openmoe.data.tokenizer import Tokenizer
 from openmoe.launcher.entry import run_joined
 from openmoe.launcher.errors import ConfigError
-from openmoe.launcher.layout import count_ranks, describe, lay_out, place, ranks_of, rows_of_process
+from openmoe.launcher.layout import count_ranks, describe, lay_out, members_of, place, rows_of_process
 from openmoe.launcher.outputs import Outputs, await_folder, find_start, hold_folder, open_outputs
 from openmoe.launcher.processes import ALONE, Processes
 from openmoe.launcher.run_folder import belongs_to, start_point
@@ -70,11 +70,13 @@ def train(config: Config, processes: Processes = ALONE) -> None:
         processes.agree(
             lambda: require_tokenizer(weights_from, read_manifest(weights_from), data.tokenizer.sha256)
         )
-    rows = rows_of_process(config, topology, processes)
+    rows = rows_of_process(config, topology, processes.rank)
     loader = processes.agree(lambda: build_loader(config, data, host_memory(device), rows))
 
     with ExitStack() as stack:
-        watchdog = stack.enter_context(processes.watchdog(partial(ranks_of, topology, processes.rank)))
+        watchdog = stack.enter_context(
+            processes.watchdog(partial(members_of, topology, processes.world_size, processes.rank))
+        )
         torch.manual_seed(config.run.seed)
         model, ranks = build(
             config.model, config.parallel, topology, config.train.precision, device, config.run.seed,
@@ -126,7 +128,7 @@ def train(config: Config, processes: Processes = ALONE) -> None:
                 else None
             )
         )
-        processes.open_log(run_dir, f"{device}, {place(topology, processes.rank, rows)}")
+        processes.open_log(run_dir, f"{device}, {place(topology, processes.rank, rows, ranks)}")
         peak = _peak(device, DTYPES[config.train.precision][1], ranks) if outputs else NO_PEAK
         flops = count_flops(config.model, longest_segment(config) or config.train.seq_len)
         run = Run(

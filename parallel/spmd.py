@@ -93,9 +93,7 @@ def meta_model(
             config,
             dispatcher=einsum_dispatcher(spmd.constrain),
             compute_dtype=compute_dtype,
-            head_loss=positions_head_loss(
-                HEAD_TILE_BYTES * spmd.devices, spmd.constrain, spmd.devices // parallel.tensor
-            ),
+            head_loss=positions_head_loss(HEAD_TILE_BYTES * spmd.devices, spmd.constrain, spmd.data_ranks),
             attend=einsum_attention,
         )
     for block in model.layers:
@@ -129,15 +127,16 @@ def _recompute(block: nn.Module, spmd: Spmd) -> None:
 class XlaRanks:
     """The hosts of a run over an XLA mesh, seen from one of them."""
 
+    data_rank, data_size = 0, 1  # each host has all rows, of which its devices take theirs
     counts_loss = True
-    loss_terms = 1  # a loss is that of all rows
+    loss_terms = 1
     shards = None  # a tensor is whole
 
     def __init__(self, model: nn.Module, spmd: Spmd, hosts: Group | None = None) -> None:
         """`hosts` exchange numbers of their own where there are several."""
-        self.rank = self.data_rank = hosts.rank if hosts else 0
-        self.world_size = self.data_size = hosts.size if hosts else 1
-        self.rows = RowDevices(spmd.kind, spmd.here, spmd.data_ranks_here, self._put_rows)
+        self.rank = hosts.rank if hosts else 0
+        self.world_size = hosts.size if hosts else 1
+        self.rows = RowDevices(spmd.kind, spmd.here, spmd.data_ranks, self._put_rows)
         self._model, self._spmd, self._hosts = model, spmd, hosts
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -204,7 +203,7 @@ class XlaRanks:
 
     def _put_rows(self, rows: Tensor) -> Tensor:
         spec = spec_of(("rows", *("positions",) * (rows.dim() - 1)))
-        return self._spmd.put(rows, spec, each_host_has_a_part=True)
+        return self._spmd.put(rows, spec)
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

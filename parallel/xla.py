@@ -55,8 +55,7 @@ class Spmd:
     """The mesh of a run: where tensors lie on it, and when its program runs."""
 
     def __init__(self, topology: Topology) -> None:
-        """Raises TopologyError where the devices are not those of the topology, or tensor ranks would be on
-        several hosts."""
+        """Raises TopologyError where the devices are not those of the topology."""
         import torch_xla
         import torch_xla.distributed.spmd as xs
         import torch_xla.runtime as xr
@@ -67,26 +66,18 @@ class Spmd:
             raise TopologyError(
                 f"a layout of {topology.world_size} devices over {devices} of them: allowed the same number"
             )
-        self.here = here = int(xr.addressable_runtime_device_count())
-        if here % topology.tensor:
-            raise TopologyError(
-                f"parallel.tensor={topology.tensor}: allowed a divisor of the {here} devices of a host with "
-                "parallel.engine=xla"
-            )
-        self.devices, self.hosts = devices, devices // here
-        self.data_ranks_here = here // topology.tensor
+        self.devices, self.here = devices, int(xr.addressable_runtime_device_count())
+        self.data_ranks = devices // topology.tensor
         self.device = torch_xla.device()
         self.kind = f"TPU v{tpu.version()}" if xr.device_type() == "TPU" else str(xr.device_type())
         self.mesh = xs.Mesh(np.arange(devices), topology.xla_shape(), MESH_AXES)
 
-    def put(self, tensor: Tensor, spec: Spec, each_host_has_a_part: bool = False) -> Tensor:
-        """A host tensor over the devices; where each host has a part they follow each other in the first
-        dimension."""
+    def put(self, tensor: Tensor, spec: Spec) -> Tensor:
+        """A host tensor, the same on all hosts, over the devices: each gets its part of it."""
         import torch_xla.core.xla_model as xm
         import torch_xla.distributed.spmd as xs
 
-        parts = each_host_has_a_part and self.hosts > 1
-        sharding = xs.ShardingSpec(self.mesh, spec, minibatch=parts)
+        sharding = xs.ShardingSpec(self.mesh, spec)
         return cast(Tensor, xm.send_cpu_data_to_device(tensor, self.device, sharding)[0])
 
     def constrain(self, x: Tensor, axes: tuple[str, ...]) -> Tensor:
@@ -128,7 +119,7 @@ class TracedSpmd(Spmd):
     """The same mesh for programs that are compiled elsewhere and never run: what is put on it takes no
     memory, and what is recorded stays so until somebody asks for it."""
 
-    def put(self, tensor: Tensor, spec: Spec, each_host_has_a_part: bool = False) -> Tensor:
+    def put(self, tensor: Tensor, spec: Spec) -> Tensor:
         """A tensor without values of this shape and type; `tensor` may be on the meta device."""
         import torch_xla
         from torch_xla.core.xla_builder import create_placeholder_tensor
