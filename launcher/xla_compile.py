@@ -50,7 +50,8 @@ def main() -> None:
 def compile_step(page: XlaCompilePage) -> None:
     """Prints what one core holds and sends in a step.
 
-    Raises ConfigError where there is no compiler, RuntimeError where it refuses the program.
+    Raises ConfigError where there is no compiler, ChildProcessError where it dies. That it refuses a program
+    is a result.
     """
     asked = page.xla_compile
     if page.parallel.engine != "xla":
@@ -89,7 +90,7 @@ def compile_step(page: XlaCompilePage) -> None:
 
 
 def run_compiler(python: str, program: Path, cores: int, compiled: Path) -> dict[str, Any]:
-    """What `parallel.v3_compile` found. Raises RuntimeError with the last line of a compiler that died."""
+    """What `parallel.v3_compile` found. Raises ChildProcessError with the last line of one that died."""
     command = [python, v3_compile.__file__, str(program), str(cores), str(compiled)]
     environment = {
         name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PYTHONPATH")
@@ -98,7 +99,7 @@ def run_compiler(python: str, program: Path, cores: int, compiled: Path) -> dict
     lines = run.stdout.splitlines()
     if run.returncode or not lines:
         last = (run.stderr.strip().splitlines() or ["no word of it"])[-1]
-        raise RuntimeError(f"the compiler ended with exit code {run.returncode}: {last}")
+        raise ChildProcessError(f"the compiler ended with exit code {run.returncode}: {last}")
     found: dict[str, Any] = json.loads(lines[-1])
     return found
 

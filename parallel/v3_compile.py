@@ -17,10 +17,10 @@ TOPOLOGIES = {8: "v3:2x2", 16: "v3:2x4", 32: "v3:4x4", 64: "v3:4x8"}
 
 
 def main(program: Path, cores: int, compiled: Path) -> None:
-    # As on a host of a TPU, whose metadata server would be asked otherwise.
+    # As on a host of a TPU, whose metadata server would be asked otherwise; and several may work at once.
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v3-8", TPU_WORKER_HOSTNAMES="localhost",
-        TPU_WORKER_ID="0", JAX_PLATFORMS="cpu",
+        TPU_WORKER_ID="0", JAX_PLATFORMS="cpu", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     )  # fmt: skip
     from jax.experimental import topologies
     from jaxlib import _jax
