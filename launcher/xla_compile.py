@@ -21,10 +21,10 @@ from openmoe.launcher.entry import run_command
 from openmoe.launcher.errors import ConfigError
 from openmoe.launcher.layout import count_ranks, lay_out
 from openmoe.launcher.schema import Config
+from openmoe.launcher.traced_step import trace_step
 from openmoe.parallel import v3_compile
 from openmoe.parallel.build import DTYPES
 from openmoe.parallel.hlo import collectives
-from openmoe.train.traced_step import trace_step
 
 GIB, MIB = 2**30, 2**20
 CORE_GIB = 15.48  # what libtpu lets a program have of a core's 16 GiB

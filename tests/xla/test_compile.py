@@ -14,11 +14,11 @@ import pytest
 from openmoe.launcher.entry import load_page
 from openmoe.launcher.errors import ConfigError
 from openmoe.launcher.layout import lay_out
+from openmoe.launcher.traced_step import StepProgram, trace_step
 from openmoe.launcher.xla_compile import XlaCompilePage, compile_step, core_bytes, report, run_compiler
 from openmoe.parallel.build import DTYPES
 from openmoe.parallel.hlo import shapes_of
 from openmoe.parallel.topology import TopologyError
-from openmoe.train.traced_step import StepProgram, trace_step
 
 pytest.importorskip("torch_xla", reason="torch_xla is missing here; run `make test-xla`")
 
