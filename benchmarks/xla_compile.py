@@ -57,8 +57,8 @@ class Case:
         return parts
 
 
-# One expert on each group of cores: 8 x 8 cores with 8 experts stand for the paper's 32 x 8 with 32. Capacity is
-# factor x tokens / experts, so a core has as many slots, and the same weights, in both.
+# One expert on each group of cores: 8 x 8 cores with 8 experts stand for the paper's 32 x 8 with 32. Capacity
+# is factor x tokens / experts, so a core has as many slots, and the same weights, in both.
 LARGE = {"num_experts": 8, "micro_batches": 64}
 CASES = {
     "base_1_8_1": Case("openmoe_base", (1, 8, 1)),
@@ -96,9 +96,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "temporary", "program", "a core", *KINDS, "compiled in",
     ]  # fmt: skip
     lines = [
-        f"Compiled with libtpu 0.0.21 for TPU v3. Memory in GiB; a core has {CORE_GIB}. Each program is the last",
-        "one of a step, where gradients of earlier micro-batches come in. Collectives: their number, and the MiB",
-        "that go in on one core.",
+        f"Compiled with libtpu 0.0.21 for TPU v3. Memory in GiB; a core has {CORE_GIB}. Each program is the",
+        "last of a step, where gradients of earlier micro-batches come in. Collectives: their number, and",
+        "the MiB that go in on one core.",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
