@@ -23,7 +23,7 @@ def count_ranks(config: Config, processes: int) -> int:
         return processes
     if config.run.device != "auto":
         raise ConfigError(f"run.device={config.run.device}: allowed auto with parallel.engine=xla")
-    return start_xla()
+    return start_xla(processes)
 
 
 def lay_out(config: Config, world_size: int, alone: bool) -> Topology:

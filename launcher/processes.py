@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.distributed_c10d import _set_pg_timeout, new_group
 
 from openmoe.checkpoint.errors import SaveCancelled
 from openmoe.checkpoint.together import Peers
@@ -163,9 +163,9 @@ class JoinedProcesses(Processes):
                 timeout=timedelta(seconds=self._timeout_seconds + GRACE_SECONDS),
                 device_id=device if use_cuda else None,
             )
-            self._group = dist.new_group(backend="gloo", timeout=self._start_timeout, group_desc="agree")
+            self._group = new_group(backend="gloo", timeout=self._start_timeout, group_desc="agree")
             # Of its own: a save in the background must not meet what the training agrees on meanwhile.
-            saving = dist.new_group(backend="gloo", timeout=self._start_timeout, group_desc="checkpoint")
+            saving = new_group(backend="gloo", timeout=self._start_timeout, group_desc="checkpoint")
             self._exchange("")  # a rank that could not connect would only be missed hours later
             for group in (self._group, saving):
                 _set_pg_timeout(_LONGEST_WAIT, group)

@@ -19,7 +19,7 @@ from openmoe.launcher.entry import load_config
 from openmoe.launcher.errors import ConfigError, failure_of
 from openmoe.launcher.layout import lay_out
 from openmoe.launcher.schema import Config
-from openmoe.launcher.tpu_host import CORES_PER_HOST, slice_of
+from openmoe.launcher.tpu_host import slice_of
 from openmoe.launcher.tpu_job import Follower, JobFailed, execute, execute_all
 from openmoe.launcher.tpu_steps import Job, Pod, Step, rendered
 from openmoe.launcher.xla_spawn import OneLineParser, check_resume, for_engine
@@ -127,10 +127,6 @@ def make_job(options: argparse.Namespace, pod: Pod) -> tuple[Job, list[str]]:
 def _about(config: Config, job: Job) -> list[str]:
     """Raises TopologyError, ConfigError where the run does not fit the pod."""
     topology = lay_out(config, job.slice.cores, alone=False)
-    if CORES_PER_HOST % topology.tensor:
-        raise ConfigError(
-            f"parallel.tensor={topology.tensor}: allowed a divisor of the {CORES_PER_HOST} cores of a host"
-        )
     data, expert, model = topology.xla_shape()
     lines = [
         job.slice.describe(),

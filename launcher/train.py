@@ -80,7 +80,7 @@ def train(config: Config, processes: Processes = ALONE) -> None:
         torch.manual_seed(config.run.seed)
         model, ranks = build(
             config.model, config.parallel, topology, config.train.precision, device, config.run.seed,
-            observe=watchdog.enter, beat=watchdog.beat,
+            observe=watchdog.enter, watchdog=watchdog,
         )  # fmt: skip
         optimizer = build_optimizer(config.optim, ranks.named_parameters(), ranks.shards)
         ranks.attach(optimizer)

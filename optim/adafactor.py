@@ -134,10 +134,13 @@ class Adafactor(torch.optim.Optimizer):
         return self.shards is None and all(param.device.type == "xla" for param in params)
 
     def _replace(self, params: list[Tensor], beta2: float, learning_rate: float) -> None:
+        # Numbers that change from step to step go in as one tensor: a Python number is a part of the program
+        # where it is 0 or 1, and shares a place in it with any other number that it happens to equal.
+        numbers = torch.tensor([beta2, 1 - beta2, learning_rate], dtype=params[0].dtype).to(params[0].device)
         for param in params:
             if param.grad is not None:
                 rule, state = self.layouts[param][0], self.state[param]
-                new = updated(param, param.grad, state, rule, self.config, beta2, learning_rate)
+                new = updated(param, param.grad, state, rule, self.config, *numbers.unbind())
                 param.copy_(new.param)
                 for key, value in new.state.items():
                     state[key].copy_(value)

@@ -24,22 +24,24 @@ def updated(
     state: dict[str, Tensor],
     rule: FactorRule,
     config: AdafactorConfig,
-    beta2: float,
-    learning_rate: float,
+    beta2: Tensor,
+    new_weight: Tensor,
+    learning_rate: Tensor,
 ) -> Updated:
-    """The parameter and its moments after one step; nothing is changed in place."""
+    """The parameter and its moments after one step; nothing is changed in place. `new_weight` is 1 - beta2,
+    which is worked out where it is exact."""
     matrix = tuple(range(rule.batch_dims, param.dim()))
     scale = _rms(param, matrix).clamp(min=config.epsilon2)
     square = grad.square()
     if rule.split is None:
-        new = {"v": state["v"] * beta2 + (square + config.epsilon1) * (1 - beta2)}
+        new = {"v": state["v"] * beta2 + (square + config.epsilon1) * new_weight}
         u = grad * new["v"].rsqrt()
     else:
         left, right = matrix[: rule.split - rule.batch_dims], matrix[rule.split - rule.batch_dims :]
         row, column = (left, right) if rule.row_is_left else (right, left)
         # The mean of g^2 + epsilon1; adding epsilon1 to the mean is the same.
-        of_rows = (square.mean(column, keepdim=True) + config.epsilon1) * (1 - beta2)
-        of_columns = (square.mean(row, keepdim=True) + config.epsilon1) * (1 - beta2)
+        of_rows = (square.mean(column, keepdim=True) + config.epsilon1) * new_weight
+        of_columns = (square.mean(row, keepdim=True) + config.epsilon1) * new_weight
         v_row = state["v_row"].view_as(of_rows) * beta2 + of_rows
         v_col = state["v_col"].view_as(of_columns) * beta2 + of_columns
         u = grad * (v_row / v_row.mean(row, keepdim=True)).rsqrt() * v_col.rsqrt()

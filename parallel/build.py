@@ -1,6 +1,5 @@
 """From a config to a model on its device, whole or this rank's part of it."""
 
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Literal
 
@@ -22,7 +21,7 @@ from openmoe.parallel.placement import parameter_layouts, whole_on_data_ranks
 from openmoe.parallel.ranks import FsdpRanks, OneProcess, Ranks
 from openmoe.parallel.spmd import build_spmd
 from openmoe.parallel.topology import Topology, TopologyError
-from openmoe.parallel.watchdog import GRACE_SECONDS
+from openmoe.parallel.watchdog import GRACE_SECONDS, NO_WATCHDOG, NoWatchdog
 
 # precision -> (dtype of parameters and optimizer state, dtype of activations)
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
@@ -40,17 +39,17 @@ def build(
     device: torch.device,
     seed: int,
     observe: Observer = lambda group, kind, size_bytes: None,
-    beat: Callable[[], None] = lambda: None,
+    watchdog: NoWatchdog = NO_WATCHDOG,
 ) -> tuple[Decoder, Ranks]:
     """The model with its initial values, and what training needs of the other processes.
 
     With a process group each rank builds its own part, also where there is but one rank; without one the
     model is whole. Under XLA a process has the devices of its host. Nothing is materialised before its final
-    place is known, but for one parameter at a time under XLA. `observe` is told of each collective, `beat` of
-    each forward pass.
+    place is known, but for one parameter at a time under XLA. `observe` is told of each collective,
+    `watchdog` of each forward pass, and of what may take long.
     """
     if parallel.engine == "xla":
-        return build_spmd(config, parallel, topology, DTYPES[precision], seed, observe)
+        return build_spmd(config, parallel, topology, DTYPES[precision], seed, observe, watchdog)
     if not dist.is_initialized():
         model = build_decoder(config, precision, device, seed)
         prepare_blocks(model, parallel.recompute, parallel.compile)
@@ -75,7 +74,9 @@ def build(
         prepare_blocks(model, parallel.recompute, parallel.compile)
         model.to_empty(device=device)
         initialise_shards(model, config, whole, topology, rank, seed)
-        return model, DeepSpeedRanks(model, topology, groups, layouts, meshes, parallel.zero_stage, beat)
+        return model, DeepSpeedRanks(
+            model, topology, groups, layouts, meshes, parallel.zero_stage, watchdog.beat
+        )
     parallelize(
         model,
         Sharding(topology, meshes, layouts, compute_dtype, parameter_dtype, observe),
@@ -85,7 +86,7 @@ def build(
         recompute=parallel.recompute,
         compile_modules=parallel.compile,
     )
-    return model, FsdpRanks(model, topology, groups, layouts, meshes, beat)
+    return model, FsdpRanks(model, topology, groups, layouts, meshes, watchdog.beat)
 
 
 def build_decoder(config: ModelConfig, precision: str, device: torch.device, seed: int) -> Decoder:

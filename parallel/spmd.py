@@ -27,6 +27,7 @@ from openmoe.parallel.config import ParallelConfig
 from openmoe.parallel.ranks import RowDevices, SentNumbers
 from openmoe.parallel.spread_tensors import SpreadTensor
 from openmoe.parallel.topology import Topology, TopologyError
+from openmoe.parallel.watchdog import NO_WATCHDOG, NoWatchdog
 from openmoe.parallel.xla import LocalParts, Spmd
 
 # Float32 logits of a tile of the head on one device.
@@ -66,6 +67,7 @@ def build_spmd(
     dtypes: tuple[torch.dtype, torch.dtype],
     seed: int,
     observe: Observer = lambda group, kind, size_bytes: None,
+    watchdog: NoWatchdog = NO_WATCHDOG,
 ) -> tuple[Decoder, "XlaRanks"]:
     """The model with its initial values over all devices, and what training needs of them.
 
@@ -81,7 +83,7 @@ def build_spmd(
         put_parameter(model, name, spmd.put(whole, parameter_spec(name, whole.dim())))
     world = dist.group.WORLD if dist.is_initialized() else None
     hosts = Group("world", world, observe) if world else None
-    return model, XlaRanks(model, spmd, hosts)
+    return model, XlaRanks(model, spmd, hosts, watchdog)
 
 
 def meta_model(
@@ -132,12 +134,20 @@ class XlaRanks:
     loss_terms = 1
     shards = None  # a tensor is whole
 
-    def __init__(self, model: nn.Module, spmd: Spmd, hosts: Group | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        spmd: Spmd,
+        hosts: Group | None = None,
+        watchdog: NoWatchdog = NO_WATCHDOG,
+    ) -> None:
         """`hosts` exchange numbers of their own where there are several."""
         self.rank = hosts.rank if hosts else 0
         self.world_size = hosts.size if hosts else 1
         self.rows = RowDevices(spmd.kind, spmd.here, spmd.data_ranks, self._put_rows)
-        self._model, self._spmd, self._hosts = model, spmd, hosts
+        self._model, self._spmd, self._hosts, self._watchdog = model, spmd, hosts, watchdog
+        self._micro_batches = 0  # since the last update
+        self._compiled: set[str] = set()
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return list(self._model.named_parameters())
@@ -165,22 +175,25 @@ class XlaRanks:
         pass
 
     def begin_micro_batch(self, last: bool) -> None:
-        # What came before is a program of its own: one for all but the last micro-batch of a step.
-        self._spmd.sync()
+        # What came before is a program of its own: the first of a step, or one like those between.
+        kind = "training" if self._model.training else "validation"
+        self._run(f"{kind} {min(self._micro_batches, 2)}")
+        self._micro_batches += 1
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
+        for name, param in self.named_parameters():
+            if param.grad is not None:  # else a partitioner is free to keep it whole between two programs
+                self._spmd.mark(param.grad, parameter_spec(name, param.dim()))
 
     def finish_gradients(self) -> Tensor:
-        for name, param in self.named_parameters():
-            if param.grad is not None:
-                self._spmd.mark(param.grad, parameter_spec(name, param.dim()))
         return _norm([p.grad for p in self._model.parameters() if p.grad is not None])
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
         self._model.zero_grad(set_to_none=True)
-        self._spmd.sync()
+        self._run("update")
+        self._micro_batches = 0
 
     def parameter_norm(self) -> Tensor:
         return _norm([p.detach() for p in self._model.parameters()])
@@ -189,9 +202,12 @@ class XlaRanks:
         pass
 
     def send_numbers(self, terms: Tensor, same: Tensor, own: Sequence[float]) -> SentNumbers:
-        return SentNumbers(torch.cat([terms, same]), own)
+        numbers = torch.cat([terms, same])
+        self._run("numbers")
+        return SentNumbers(numbers, own)
 
     def read_numbers(self, sent: Sequence[SentNumbers]) -> list[tuple[Tensor, Tensor]]:
+        """A transfer for each: to stack them would be another program for each number of them."""
         of_hosts = torch.tensor([[numbers.own for numbers in sent]], dtype=torch.float64)
         if self._hosts is not None:
             everyone = of_hosts.new_zeros(self.world_size, *of_hosts.shape[1:])
@@ -200,6 +216,19 @@ class XlaRanks:
             of_hosts = everyone
         rows = [numbers.on_device.cpu() for numbers in sent]
         return list(zip(rows, of_hosts.unbind(1), strict=True))
+
+    def _run(self, program: str) -> None:
+        """What was recorded. A program that may have to be compiled is not watched, as that takes minutes; it
+        is there once a run of it has compiled nothing."""
+        self._watchdog.beat()
+        if program in self._compiled:
+            self._spmd.sync()
+            return
+        before = self._spmd.programs()
+        with self._watchdog.pause():
+            self._spmd.sync()
+        if self._spmd.programs() == before:
+            self._compiled.add(program)
 
     def _put_rows(self, rows: Tensor) -> Tensor:
         spec = spec_of(("rows", *("positions",) * (rows.dim() - 1)))

@@ -21,13 +21,14 @@ from openmoe.parallel.spread_tensors import Box
 from openmoe.parallel.topology import Topology, TopologyError
 
 
-def start() -> int:
-    """Takes this host's devices for the process; the number of devices of all hosts.
+def start(hosts: int = 1) -> int:
+    """Takes this host's devices for one of `hosts` processes; the number of devices of all of them.
 
     To be called before any backward pass: torch_xla dies in the first of its own where the CPU has had one
     before it.
 
-    Raises TopologyError where torch_xla is not installed, or finds no device.
+    Raises TopologyError where torch_xla is not installed, finds no device, or devices of other hosts than
+    those of the run.
     """
     if importlib.util.find_spec("torch_xla") is None:
         raise TopologyError(
@@ -46,9 +47,15 @@ def start() -> int:
         # A TPU multiplies float32 matrices as bfloat16 unless told otherwise. Activations that are to be
         # bfloat16 are so by themselves; what is still float32 (the router) is meant to be.
         torch_xla.backends.set_mat_mul_precision("highest")
-        return int(xr.global_runtime_device_count())
+        devices, here = int(xr.global_runtime_device_count()), int(xr.addressable_runtime_device_count())
     except RuntimeError as error:
         raise TopologyError(f"parallel.engine=xla: no device: {str(error).splitlines()[0]}") from None
+    if devices // here != hosts:
+        raise TopologyError(
+            f"WORLD_SIZE={hosts}: allowed {devices // here} with parallel.engine=xla: its {devices} devices, "
+            f"{here} of them here, are those of so many hosts, and each host has one process"
+        )
+    return devices
 
 
 class Spmd:
@@ -99,6 +106,13 @@ class Spmd:
         import torch_xla
 
         torch_xla.sync()
+
+    def programs(self) -> int:
+        """Compiled so far by this process."""
+        from torch_xla.debug import metrics
+
+        found = metrics.metric_data("CompileTime")
+        return int(found[0]) if found else 0
 
     def recompute(self, function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
         """The function, which takes and gives tensors, run again in its backward pass. Torch's own way would

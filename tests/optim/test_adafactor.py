@@ -58,7 +58,8 @@ def test_expression_equals_tiles() -> None:
         for name, param in tiled.items():
             rule = optimizer.layouts[param][0]
             beta2 = second_moment_decay(step, CONFIG.decay_rate)
-            new = updated(whole[name].detach(), param.grad, state[param], rule, CONFIG, beta2, 0.01)
+            numbers = torch.tensor([beta2, 1 - beta2, 0.01], dtype=torch.float64)
+            new = updated(whole[name].detach(), param.grad, state[param], rule, CONFIG, *numbers)
             whole[name], state[param] = new
             torch.testing.assert_close(new.param, param.detach(), rtol=1e-12, atol=1e-14)
             for key, value in optimizer.state[param].items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from openmoe.parallel.xla import start
-from tests.xla.training import Training, batches, mesh, on_host, page, routed
+from tests.xla.training import MARK, Training, batches, mesh, on_host, page, routed
 
 Shape = tuple[int, int, int]
 
@@ -39,7 +39,7 @@ def host_operations() -> list[str]:
 class Course:
     lines: list[dict[str, Any]] = field(default_factory=list)
     routing: list[list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=list)
-    gradients: dict[str, Tensor] = field(default_factory=dict)  # of the first step
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # of the first step of each objective
     compiled: list[int] = field(default_factory=list)  # new programs of each step
 
 
@@ -50,9 +50,10 @@ def train(training: Training, experiment: str) -> Course:
         before = programs()
         course.lines.append(training.step(number, batch))
         course.compiled.append(programs() - before)
-        if number == 0:
+        if number in (0, MARK):
             [gradients] = on_host([list(training.gradients.values())])
-            course.gradients = dict(zip(training.gradients, gradients, strict=True))
+            names = [f"{batch.objective}/{name}" for name in training.gradients]
+            course.gradients |= dict(zip(names, gradients, strict=True))
     return course
 
 
@@ -67,7 +68,7 @@ class Comparison:
 
     loss_error: float  # of any loss of any step; above 1 relative to it
     norm_error: float  # relative, of the first step's gradients
-    gradient_error: float  # relative to the largest of its tensor, of the first step
+    gradient_error: float  # relative to the largest of its tensor, of the first step of each objective
     choices: int  # of tokens in MoE layers, those with a margin
     near_ties: int  # those without
     other_choices: int  # with a margin, and to other experts
@@ -81,6 +82,7 @@ def compare(experiment: str, shape: Shape, devices: int) -> Comparison:
     assert training.topology.xla_shape() == shape
     found = train(training, experiment)
     assert found.gradients.keys() == expected.gradients.keys()
+    assert {name.split("/")[0] for name in found.gradients} == {"ul2", "causal_lm"}
 
     choices = near_ties = other_choices = other_kept = 0
     for number, batch in enumerate(batches(experiment)):

@@ -70,11 +70,11 @@ class Training:
         rows = self.config.train.micro_batch_rows
         return micro_batches(batch.arrays, rows, CPU, packed=False, spread=self.ranks.rows)
 
-    def step(self, number: int, batch: StepBatch) -> dict[str, Any]:
-        """The step's metrics; `gradients` are then those of this step."""
+    def step(self, number: int, batch: StepBatch, rate: float | None = None) -> dict[str, Any]:
+        """The step's metrics; `gradients` are then those of this step. `rate` None is the schedule's."""
         self.gradients = {}
         hook = self.optimizer.register_step_pre_hook(lambda *_: self._keep_gradients())
-        rate = learning_rate(self.config.optim.schedule, number)
+        rate = rate or learning_rate(self.config.optim.schedule, number)
         micro, train = self.micro(batch), self.config.train
         result = train_step(self.model, self.optimizer, micro, batch.loss_tokens, rate, train, self.ranks)
         hook.remove()
