@@ -6,6 +6,7 @@ and no index but a comparison picks the target's logit.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,19 +21,32 @@ LOGITS = ("rows", "positions", "vocab")
 WEIGHTS_OF_ROWS = ("rows", "vocab", "embed")
 
 
+# (a, b) -> the same, but what is made of b is begun when a is there.
+InOrder = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def as_it_comes(first: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
+    return first, then
+
+
 def positions_head_loss(
-    tile_bytes: int, constrain: Constrain = unconstrained, row_shares: int = 1
+    tile_bytes: int,
+    constrain: Constrain = unconstrained,
+    row_shares: int = 1,
+    in_order: InOrder = as_it_comes,
 ) -> HeadLoss:
     """`linear_cross_entropy` for whole rows: hidden `[rows, seq_len, d_model]`, targets and results `[rows,
     seq_len]`. A tile's float32 logits take `tile_bytes` at most, on all devices together; the passes hold
-    about three such tiles. `row_shares`: among so many devices rows are shared out."""
-    return partial(_loss, tile_bytes, constrain, row_shares)
+    about three such tiles. `row_shares`: among so many devices rows are shared out. `in_order` keeps a
+    compiler from making the weight's gradients of all tiles before it adds them up."""
+    return partial(_loss, tile_bytes, constrain, row_shares, in_order)
 
 
 def _loss(
     tile_bytes: int,
     constrain: Constrain,
     row_shares: int,
+    in_order: InOrder,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -40,7 +54,7 @@ def _loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     positions = max(1, tile_bytes // (4 * len(hidden) * len(weight)))
     shares = math.gcd(row_shares, len(hidden))
-    return _LossByPosition.apply(hidden, weight, targets, positions, constrain, shares)
+    return _LossByPosition.apply(hidden, weight, targets, positions, constrain, shares, in_order)
 
 
 class _LossByPosition(torch.autograd.Function):
@@ -53,6 +67,7 @@ class _LossByPosition(torch.autograd.Function):
         tile_positions: int,
         constrain: Constrain,
         row_shares: int,
+        in_order: InOrder,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         matrix = weight.to(hidden.dtype).t()
@@ -69,7 +84,8 @@ class _LossByPosition(torch.autograd.Function):
             correct.append((target_logit == best) & ~earlier.any(-1))
             nll.append(tile_log_z - target_logit)
             log_z.append(tile_log_z)
-        ctx.tile_positions, ctx.constrain, ctx.row_shares = tile_positions, constrain, row_shares
+        ctx.tile_positions, ctx.row_shares = tile_positions, row_shares
+        ctx.constrain, ctx.in_order = constrain, in_order
         log_z_of_rows = torch.cat(log_z, 1)
         ctx.save_for_backward(hidden, weight, targets, log_z_of_rows)
         of_rows = torch.cat(correct, 1)
@@ -89,6 +105,7 @@ class _LossByPosition(torch.autograd.Function):
         # One for each share of the rows until the end: a partitioner would add up over devices tile by tile.
         grad_weights = weight.new_zeros(ctx.row_shares, *weight.shape)
         for x, target, tile_log_z, tile_factor, tile_grad_loss in tiles:
+            grad_weights, x = ctx.in_order(grad_weights, x)
             logits = ctx.constrain((x @ matrix.t()).to(log_z.dtype), LOGITS)
             grad = (logits - tile_log_z[..., None]).exp() * tile_factor
             grad = torch.where(vocabulary == target[..., None], grad - tile_grad_loss[..., None], grad)
@@ -97,4 +114,4 @@ class _LossByPosition(torch.autograd.Function):
             grad, x = (part.unflatten(0, (ctx.row_shares, -1)) for part in (grad, x))
             of_tile = torch.einsum("srpv,srpd->svd", grad, x)
             grad_weights = ctx.constrain(grad_weights + of_tile, WEIGHTS_OF_ROWS)
-        return torch.cat(grad_hidden, 1), grad_weights.sum(0), None, None, None, None
+        return torch.cat(grad_hidden, 1), grad_weights.sum(0), None, None, None, None, None

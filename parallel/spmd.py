@@ -95,7 +95,9 @@ def meta_model(
             config,
             dispatcher=einsum_dispatcher(spmd.constrain),
             compute_dtype=compute_dtype,
-            head_loss=positions_head_loss(HEAD_TILE_BYTES * spmd.devices, spmd.constrain, spmd.data_ranks),
+            head_loss=positions_head_loss(
+                HEAD_TILE_BYTES * spmd.devices, spmd.constrain, spmd.data_ranks, spmd.in_order
+            ),
             attend=einsum_attention,
         )
     for block in model.layers:

@@ -107,6 +107,14 @@ class Spmd:
 
         torch_xla.sync()
 
+    def in_order(self, first: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
+        """`model.losses_by_position.InOrder`."""
+        import torch_xla.core.xla_model as xm
+
+        pair = first.clone(), then.clone()  # the barrier is put on tensors in place
+        xm.optimization_barrier_(list(pair))
+        return pair
+
     def programs(self) -> int:
         """Compiled so far by this process."""
         from torch_xla.debug import metrics
