@@ -149,8 +149,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     """A folder that has its name only once all of it is written and synced; what fails leaves nothing.
 
     It is built under a name of its own, so that two writers of one target do not meet: the second to end is
-    told that it exists. What a killed writer of it has left goes. Raises CheckpointError where `target`
-    exists, CheckpointWriteError where the disk refuses.
+    told that it exists. What a killed writer of it has left goes, on file systems that can lock a folder.
+    Raises CheckpointError where `target` exists, CheckpointWriteError where the disk refuses.
     """
     _require_new(target)
     try:

@@ -26,7 +26,8 @@ def resume_point(resume: str, run_dir: Path, branch: dict[str, Any] | None = Non
 
     Raises ConfigError where the folder holds another run, CheckpointError where `resume` names no checkpoint.
     """
-    found = _newest_of(branch, run_dir, resume) if branch and belongs_to(Path(resume), run_dir) else None
+    names_own = resume not in ("none", "auto") and belongs_to(Path(resume), run_dir)
+    found = _newest_of(branch, run_dir, resume) if branch and names_own else None
     found = found or find_checkpoint(resume, run_dir)
     if found is not None and _holds_weights_alone(found):
         raise ConfigError(

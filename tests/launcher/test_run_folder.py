@@ -99,6 +99,16 @@ def test_a_restarted_branch_goes_on_from_its_own_newest_checkpoint(small: Small,
     assert find_start(config, restarted=True).name == "step_12"
 
 
+def test_none_is_a_word_and_no_path(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: with run.dir=. a restarted run takes `none` for a path inside it, and goes on from a checkpoint
+    that it finds there."""
+    monkeypatch.chdir(tmp_path)
+    config = load_config(small(Path(), "train.steps=1", "checkpoint.resume=none"))
+    train(config)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        find_start(config, restarted=True)
+
+
 def test_a_branch_gets_its_own_wandb_page(small: Small, commands: Commands, tmp_path: Path) -> None:
     """Bug: a run that starts from another run's checkpoint writes on into that run's W&B page."""
     code, stderr = commands.run(*small(tmp_path / "a", "train.steps=3", "logging.wandb=offline"))
