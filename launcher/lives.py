@@ -32,6 +32,7 @@ class OneHost:
 
     def __init__(self) -> None:
         self._state = "0"
+        self._told = False
 
     def state(self) -> str:
         return self._state
@@ -40,6 +41,14 @@ class OneHost:
         """`old` becomes `new`, unless another host was faster."""
         if self._state == old:
             self._state = new
+
+    def tell_stop(self) -> None:
+        """A supervisor passes a signal on to its process: all processes will save and leave."""
+        self._told = True
+
+    def told_to_stop(self) -> bool:
+        """Whether any supervisor has told so."""
+        return self._told
 
     def gather(self, life: str) -> None:
         """Returns when all hosts are in this life, or the state is another one."""
@@ -53,6 +62,7 @@ class ManyHosts(OneHost):
 
     def __init__(self, host: Host) -> None:
         """Raises ConfigError where this is host 0 and can't listen, LostHosts where host 0 does not come."""
+        super().__init__()
         self._host = host
         self._endpoint = f"MASTER_ADDR={host.addresses[0]} MASTER_PORT={host.port}"
         is_first = host.rank == 0
@@ -77,6 +87,16 @@ class ManyHosts(OneHost):
     def change(self, old: str, new: str) -> None:
         with self._contact():
             self._store.compare_set("state", old, new)
+
+    def tell_stop(self) -> None:
+        if not self._told:
+            with self._contact():
+                self._store.set("stop", "")
+            self._told = True
+
+    def told_to_stop(self) -> bool:
+        with self._contact():
+            return bool(self._store.check(["stop"]))
 
     def gather(self, life: str) -> None:
         """Raises LostHosts where some do not come."""

@@ -1,6 +1,7 @@
 """Train: `python -m openmoe.launcher.train experiment=NAME [key=value ...]`, or `openmoe-train`; alone or
 under torchrun."""
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -31,6 +32,7 @@ from openmoe.launcher.outputs import Outputs, await_folder, find_start, hold_fol
 from openmoe.launcher.processes import ALONE, Processes
 from openmoe.launcher.run_folder import belongs_to, start_point
 from openmoe.launcher.schema import Config
+from openmoe.launcher.stopped import tell_stopped
 from openmoe.model.accounting import count_flops, count_parameters
 from openmoe.optim.build import build_optimizer
 from openmoe.optim.schedules import learning_rate
@@ -332,6 +334,8 @@ def _fit(
         raise
     finally:
         run.loader.close()
+    if stopped_by:
+        tell_stopped(os.environ, stopped_by)
     seconds = time.monotonic() - start
     end = f"stopped by {stopped_by}, saved" if stopped_by else "finished"
     say(f"{end} at step {run.step} after {run.step - first_step} steps, {seconds:.0f} s: {run_dir}")

@@ -32,7 +32,13 @@ start.with_suffix(".new").write_text(json.dumps({"pid": os.getpid(), "argv": sys
 start.with_suffix(".new").rename(start)
 exec(os.environ["SCRIPT"])
 """
-SAVES = "signal.signal(signal.SIGTERM, lambda *_: (folder.joinpath('saved').touch(), sys.exit(0)))\n"
+SAVES = (
+    "def save(*_):\n"
+    "    folder.joinpath('saved').touch()\n"
+    "    pathlib.Path(os.environ['OPENMOE_STOPPED_FILE']).touch()\n"
+    "    sys.exit(0)\n"
+    "signal.signal(signal.SIGTERM, save)\n"
+)
 WAITS = "folder.joinpath(f'ready-{rank}-{life}').touch()\ntime.sleep(30)\n"
 
 Environment = Callable[..., dict[str, str]]
@@ -485,6 +491,65 @@ def test_a_host_that_does_not_come(
     monkeypatch.setattr(lives, "_GATHER_SECONDS", 1.0)
     assert codes(four("", ranks=range(2))) == [3, 3]
     assert not starts(tmp_path)
+
+
+# As the processes of a run do: a signal to one of them is a vote, all save and leave with 0.
+VOTES = (
+    "signal.signal(signal.SIGTERM, lambda *_: folder.joinpath('voted').touch())\n"
+    "folder.joinpath(f'ready-{rank}-{life}').touch()\n"
+    "for _ in range(400 * (life == 0)):\n"
+    "    time.sleep(0.05)\n"
+    "    if folder.joinpath('voted').exists():\n"
+    "        time.sleep(0.3 * int(rank))\n"
+    "        pathlib.Path(os.environ['OPENMOE_STOPPED_FILE']).touch()\n"
+    "        sys.exit(0)\n"
+)
+
+
+def test_a_save_that_nobody_asked_for(four: Callable[..., list[Any]], tmp_path: Path) -> None:
+    """Bug: the supervisor of one host is killed, its process votes, all save, and the launchers of the others
+    say that the run has reached its end."""
+    hosts = four(VOTES, "run.dir=x")
+    for rank in range(HOSTS):
+        once_there(tmp_path / f"ready-{rank}-0", lambda: None).join()
+    os.kill(hosts[3].pid, signal.SIGKILL)
+    assert codes(hosts) == [3, 3, 3, -signal.SIGKILL]
+    assert [len(starts(tmp_path, rank)) for rank in range(3)] == [1] * 3
+
+
+def test_a_save_that_one_host_was_asked_for(four: Callable[..., list[Any]], tmp_path: Path) -> None:
+    """Bug: the hosts that got no signal themselves take the save for a failure."""
+    hosts = four(VOTES, "run.dir=x")
+    for rank in range(HOSTS):
+        once_there(tmp_path / f"ready-{rank}-0", lambda: None).join()
+    os.kill(hosts[3].pid, signal.SIGTERM)
+    assert codes(hosts) == [0] * HOSTS
+    assert [len(starts(tmp_path, rank)) for rank in range(HOSTS)] == [1] * HOSTS
+
+
+def test_a_signal_to_the_process_itself(environment: Environment, tmp_path: Path) -> None:
+    """Bug: a run that someone else told to save and leave counts as finished, though starts are left."""
+
+    def act() -> None:
+        os.kill(starts(tmp_path)[0]["pid"], signal.SIGTERM)
+
+    sender = once_there(tmp_path / "ready-0-0", act)
+    assert run(environment(SAVES + "life and sys.exit(0)\n" + WAITS), "--max-restarts=3") == 0
+    sender.join()
+    assert len(starts(tmp_path)) == 2
+
+
+def test_two_signals_while_hosts_come_together(
+    four: Callable[..., list[Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Bug: the second signal ends the launcher with a traceback while it tells the others of the first."""
+    hosts = four("", ranks=range(3))
+    time.sleep(1.5)
+    for _ in range(2):
+        os.kill(hosts[0].pid, signal.SIGTERM)
+        time.sleep(0.3)
+    assert codes(hosts) == [128 + signal.SIGTERM] * 3
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_host_0_gone(four: Callable[..., list[Any]], tmp_path: Path) -> None:
