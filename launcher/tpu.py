@@ -20,7 +20,7 @@ from openmoe.launcher.errors import ConfigError, failure_of
 from openmoe.launcher.layout import lay_out
 from openmoe.launcher.schema import Config
 from openmoe.launcher.tpu_host import slice_of
-from openmoe.launcher.tpu_job import Follower, JobFailed, execute, execute_all
+from openmoe.launcher.tpu_job import Follower, JobFailed, NoContact, execute, execute_all
 from openmoe.launcher.tpu_steps import Job, Pod, Step, rendered
 from openmoe.launcher.xla_spawn import OneLineParser, check_resume, for_engine
 from openmoe.model.accounting import count_parameters
@@ -64,7 +64,7 @@ def command(arguments: Sequence[str]) -> int:
         case "status":
             todo = [steps.describe(pod), steps.look(pod), steps.last_words(pod)]
         case "stop":
-            todo = [steps.stop(pod)]
+            todo = steps.stop(pod)
         case _:
             todo = [steps.delete(pod)]
     if options.overrides:
@@ -90,6 +90,9 @@ def _job(options: argparse.Namespace, pod: Pod) -> int:
             "the pod and the run go on: the same command follows them again, `stop` ends the run", flush=True
         )
         raise
+    except NoContact:
+        _end(job, keep=True)
+        raise
     except JobFailed:
         _end(job, options.keep)
         raise
@@ -111,8 +114,10 @@ def make_job(options: argparse.Namespace, pod: Pod) -> tuple[Job, list[str]]:
     )
     mount = PurePosixPath(_matching("--mount", options.mount, r"/[^\s]+", "a folder on the hosts"))
     overrides = for_engine(options.overrides, "xla")
-    check_resume(overrides, "a pod that may be lost")
     config = load_config(overrides)
+    check_resume([f"checkpoint.resume={config.checkpoint.resume}"], "a pod that may be lost")
+    if config.run.device != "auto":
+        raise ConfigError(f"run.device={config.run.device}: allowed auto; XLA takes the devices of the pod")
     _check_folders(config, mount)
     run_dir = PurePosixPath(config.run.dir)
     job = Job(
@@ -164,7 +169,7 @@ def all_steps(job: Job, max_losses: int, keep: bool) -> list[Step]:
     if max_losses:
         lost = [steps.last_words(pod), steps.end(pod), steps.start(job, again=True)]
         found += [Step(f"if it has failed: {step.title}", step.command) for step in lost]
-    found.append(steps.stop(pod))
+    found += steps.stop(pod)
     return found if keep else [*found, steps.delete(pod)]
 
 

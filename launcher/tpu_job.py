@@ -18,15 +18,20 @@ from openmoe.launcher.tpu_steps import Job, Pod, Step
 
 # No machines to be had now, or a fault of the cloud: to be tried again.
 _PASSING = re.compile(
-    r"capacity|ALREADY_EXISTS|RESOURCE_EXHAUSTED|UNAVAILABLE|INTERNAL|DEADLINE|timed? ?out", re.IGNORECASE
+    r"more capacity|\b(ALREADY_EXISTS|RESOURCE_EXHAUSTED|UNAVAILABLE|INTERNAL|ABORTED|DEADLINE_EXCEEDED)\b"
+    r"|[Tt]imed? ?out"
 )
 _NOT_THERE = re.compile(r"NOT_FOUND|not found", re.IGNORECASE)
 _MOVING = {"CREATING", "STARTING", "RESTARTING", "REPAIRING", "DELETING", "STOPPING", "UNKNOWN"}
-_MOST_SILENCES = 20  # looks in a row that gcloud does not answer
+_MOST_SILENCES = 20  # looks in a row that gcloud or ssh does not answer
 
 
 class JobFailed(OSError):
     """A job that can't go on. Exit code 3."""
+
+
+class NoContact(JobFailed):
+    """The pod can't be reached from here. Its run may be in the best of health."""
 
 
 @dataclass(frozen=True)
@@ -64,25 +69,25 @@ class Follower:
         self._poll_seconds = poll_seconds
         self._losses = 0
         self._created = False  # by this command, so that a pod that is missing has been lost
+        self._going = False  # it is lost and counted, but not deleted yet
         self._has_run = False  # something that a new start may go on from
+        self._silences = 0  # looks in a row without an answer
         self._seen = ""
 
     def run(self) -> int:
         """To the end of the run; its exit code: 0, 2, or that of a signal.
 
-        Raises ConfigError where gcloud refuses what was asked for, JobFailed where too much was lost.
+        Raises ConfigError where gcloud refuses what was asked for, or another job is on the pod, JobFailed
+        where too much was lost, NoContact.
         """
-        pod, silences = self._job.pod, 0
+        pod = self._job.pod
         while True:
             state = pod_state(pod)
-            silences = silences + 1 if state is None else 0
-            if silences > _MOST_SILENCES:
-                raise JobFailed(
-                    f"{pod.name}: gcloud failed {silences} times in a row; the pod may still be there"
-                )
+            if state not in (None, "READY"):
+                self._silences = 0
             match state:
                 case None:
-                    self._wait()
+                    self._silent("gcloud failed")
                 case "":
                     self._create()
                 case "READY":
@@ -93,14 +98,17 @@ class Follower:
                     self._tell(f"the pod is {moving}")
                     self._wait()
                 case lost:  # PREEMPTED, TERMINATED, STOPPED, ...
-                    self._lost(f"the pod is {lost}")
-                    execute(steps.delete(pod))
-                    self._created = False
+                    if not self._going:
+                        self._lost(f"the pod is {lost}")
+                    self._going, self._created = True, False
+                    if execute(steps.delete(pod)).code:
+                        self._wait()
 
     def _create(self) -> None:
         if self._created:
             self._created = False
             self._lost("the pod is gone")
+        self._going = False
         answer = execute(steps.create(self._job))
         if answer.code == 0:
             self._created = True
@@ -113,10 +121,21 @@ class Follower:
     def _tend(self) -> int | None:
         """One look at a pod that is there, and what follows; the exit code of a run that has ended."""
         pod = self._job.pod
-        status = run_status(pod)
+        answer = execute(steps.look(pod), loud=False)
+        words = re.findall(r"^openmoe (.+)$", answer.out, re.MULTILINE)
+        if not words:  # the pod may just be going
+            self._silent(f"host 0 did not answer ({answer.line})")
+            return None
+        self._silences = 0
+        status = words[-1].strip()
+        if len(words) > 1 and words[0] != f"job {self._job.digest}":
+            if status == "running":
+                raise ConfigError(
+                    f"{pod.name}: trains another job; allowed the same run.dir and keys, or another --name"
+                )
+            self._end("what another job has left", again=False)
+            return None
         match status:
-            case None:
-                self._wait()  # the pod may just be going
             case "new":
                 for step in steps.install(self._job):
                     answer = execute(step)
@@ -132,22 +151,42 @@ class Follower:
                 self._wait()
             case "exit 0":
                 return 0
+            case "saved":
+                self._lost("the run has saved and left before its end, on a signal that `stop` did not send")
+                self._end("the run", again=True)
             case _ if _is_final(status):
                 execute(steps.last_words(pod))
                 return int(status.split()[1])
             case _:
                 execute(steps.last_words(pod))
                 self._lost(f"the run is over: {status}")
-                execute(steps.end(pod))
-                self._start(again=True)
+                self._end("the run", again=True)
         return None
 
+    def _end(self, what: str, again: bool) -> None:
+        """On all hosts, before another start. `again`: it has run, and a new start goes on from there."""
+        self._has_run = again
+        answer = execute(steps.end(self._job.pod))
+        if answer.code:
+            self._lost(f"could not end {what}: {answer.line}")
+            self._wait()
+        else:
+            self._start(again)
+
     def _start(self, again: bool) -> None:
-        self._has_run = True
         answer = execute(steps.start(self._job, again))
         if answer.code:
             self._lost(f"could not start: {answer.line}")
             self._wait()
+
+    def _silent(self, what: str) -> None:
+        self._silences += 1
+        if self._silences > _MOST_SILENCES:
+            raise NoContact(
+                f"{self._job.pod.name}: {what}, {self._silences} times in a row; pod and run may be there"
+            )
+        self._tell(f"{what}; {self._silences} times in a row")
+        self._wait()
 
     def _lost(self, what: str) -> None:
         self._losses += 1
@@ -173,17 +212,9 @@ def pod_state(pod: Pod) -> str | None:
     return "" if _NOT_THERE.search(answer.error) else None
 
 
-def run_status(pod: Pod) -> str | None:
-    """What `steps.look` prints, None where host 0 does not answer."""
-    answer = execute(steps.look(pod), loud=False)
-    found = re.findall(r"^openmoe (.+)$", answer.out, re.MULTILINE)
-    return found[-1].strip() if found else None
-
-
 def _is_final(status: str) -> bool:
-    """A fault of the input, or a signal that someone sent."""
-    code = re.fullmatch(r"exit (\d+)", status)
-    return code is not None and (code[1] == "2" or int(code[1]) > 127)
+    """A fault of the input, or SIGINT, SIGHUP or SIGTERM; SIGKILL is what a machine out of memory sends."""
+    return status in ("exit 2", "exit 129", "exit 130", "exit 143")
 
 
 def execute_all(todo: Sequence[Step]) -> None:

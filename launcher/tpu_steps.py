@@ -1,14 +1,17 @@
 """The shell commands of a job on a TPU pod. What is shown is what is run: each step is one such text.
 
-In the home folder of each host a job leaves openmoe/ (the environment) and openmoe-run/: the number of
-xla_spawn's process, that of the session around it, and its exit code at the end. The rest is on the share.
+In the home folder of each host a job leaves openmoe/ (the environment) and openmoe-run/: what is `installed`,
+which `job` runs, the number of xla_spawn's process (`pid`), that of the `session` around it, whether somebody
+`stopped` the run or it has `saved` before its end, and its `exit` code. The rest is on the share.
 """
 
+import hashlib
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from openmoe.launcher.stopped import STOPPED_FILE
 from openmoe.launcher.tpu_host import Slice
 
 PYTHON = "python3.11"
@@ -57,7 +60,14 @@ class Job:
 
     @property
     def wheel(self) -> Path | None:
-        return Path(self.package) if self.package.endswith(".whl") else None
+        is_file = self.package.endswith(".whl") and "://" not in self.package
+        return Path(self.package) if is_file else None
+
+    @property
+    def digest(self) -> str:
+        """Tells this run on the pod from another one; how it began is no difference."""
+        keys = [word for word in self.overrides if word.partition("=")[0].lstrip("+") != "checkpoint.resume"]
+        return hashlib.sha256("\0".join([str(self.run_dir), *keys]).encode()).hexdigest()[:16]
 
 
 def create(job: Job) -> Step:
@@ -77,23 +87,30 @@ def install(job: Job) -> list[Step]:
     if job.wheel is not None:
         steps.append(Step("copy the wheel", _copy(job.pod, job.wheel)))
         requirement = f'"$HOME"/{shlex.quote(job.wheel.name + "[tpu]")}'
-    mount, run_dir = shlex.quote(str(job.mount)), shlex.quote(str(job.run_dir))
+    run_dir = shlex.quote(str(job.run_dir))
     script = f"""set -e
-mountpoint -q {mount} || {{
-  {APT} update
-  {APT} install -y nfs-common
-  sudo mkdir -p {mount}
-  sudo mount -t nfs -o hard {shlex.quote(job.share)} {mount}
-}}
+{_mounted(job)}
 sudo mkdir -p {run_dir}
 sudo chown "$(id -u):$(id -g)" {run_dir}
 {PYTHON} -c "import ensurepip" 2>/dev/null || {APT} install -y {PYTHON} {PYTHON}-venv
 test -x "$HOME/openmoe/bin/python" || {PYTHON} -m venv "$HOME/openmoe"
 "$HOME/openmoe/bin/python" -m pip install -q --no-input {requirement}
-mkdir -p "$HOME/openmoe-run"
-touch "$HOME/openmoe-run/installed"
 """
-    return [*steps, Step("install, on all hosts", job.pod.on("all", script))]
+    # A step of its own: one that failed on some host is to be repeated on all.
+    mark = 'mkdir -p "$HOME/openmoe-run" && touch "$HOME/openmoe-run/installed"'
+    steps.append(Step("install, on all hosts", job.pod.on("all", script)))
+    return [*steps, Step("mark it as installed, once it is on all hosts", job.pod.on("all", mark))]
+
+
+def _mounted(job: Job) -> str:
+    """A host that was started anew has lost its mount. NFSv4 gives back the locks of a host that is gone."""
+    mount = shlex.quote(str(job.mount))
+    return f"""mountpoint -q {mount} || {{
+  {APT} update
+  {APT} install -y nfs-common
+  sudo mkdir -p {mount}
+  sudo mount -t nfs -o hard,nfsvers=4.1 {shlex.quote(job.share)} {mount}
+}}"""
 
 
 def start(job: Job, again: bool) -> Step:
@@ -105,13 +122,17 @@ def start(job: Job, again: bool) -> Step:
     run_dir = shlex.quote(str(job.run_dir))
     script = f"""cd "$HOME/openmoe-run" || exit
 test -e pid && kill -0 "$(cat session)" 2>/dev/null && exit
+{_mounted(job)}
+test -d {run_dir} || {{ echo {run_dir}: is not on the share >&2; exit 1; }}
 test -O {run_dir} || {{ echo {run_dir}: belongs to another user id than this host has >&2; exit 1; }}
-rm -f pid exit
+rm -f pid exit stopped saved
+echo {job.digest} > job
 mkdir -p {run_dir}/logs
 log={run_dir}/logs/"$(hostname)".log
 ln -sfn "$log" log
 cat > watch <<'the end'
 echo $$ > session
+export {STOPPED_FILE}="$PWD/saved"
 "$HOME/openmoe/bin/python" -m openmoe.launcher.xla_spawn {shlex.join(arguments)} &
 echo $! > pid
 wait $!
@@ -126,10 +147,14 @@ for look in $(seq 100); do test -e pid && exit; sleep 0.1; done; exit 1
 
 
 def look(pod: Pod) -> Step:
-    """Prints "openmoe new", "openmoe installed", "openmoe running", "openmoe lost" or "openmoe exit CODE"."""
+    """Prints "openmoe new", "openmoe installed", or "openmoe job DIGEST" and then how that job stands:
+    "openmoe running", "openmoe lost", "openmoe saved" (and left before its end, though nobody stopped it by
+    `stop`) or "openmoe exit CODE"."""
     script = """cd "$HOME/openmoe-run" 2>/dev/null && test -e installed || { echo openmoe new; exit 0; }
-if test -e exit; then echo "openmoe exit $(cat exit)"
-elif test ! -e pid; then echo openmoe installed
+test -e pid || { echo openmoe installed; exit 0; }
+echo "openmoe job $(cat job)"
+if test "$(cat exit 2>/dev/null)" = 0 && test -e saved && test ! -e stopped; then echo openmoe saved
+elif test -e exit; then echo "openmoe exit $(cat exit)"
 elif kill -0 "$(cat session)" 2>/dev/null; then echo openmoe running
 else echo openmoe lost; fi
 """
@@ -137,16 +162,23 @@ else echo openmoe lost; fi
 
 
 def last_words(pod: Pod) -> Step:
-    return Step("the end of its log", pod.on("0", 'tail -n 20 "$HOME/openmoe-run/log"'))
+    return Step("the end of its log", pod.on("0", 'tail -n 20 "$HOME/openmoe-run/log" || true'))
 
 
-def stop(pod: Pod) -> Step:
-    """Returns when the run has saved and left on all hosts."""
+def stop(pod: Pod) -> list[Step]:
+    """The last one returns when the run has saved and left on all hosts."""
+    # On all hosts before the first signal: without it a save on a signal is a loss.
+    mark = """cd "$HOME/openmoe-run" 2>/dev/null && test -e pid || exit 0
+touch stopped
+"""
     script = """cd "$HOME/openmoe-run" 2>/dev/null && test -e pid || exit 0
 kill -TERM "$(cat pid)" 2>/dev/null
 while kill -0 "$(cat session)" 2>/dev/null; do sleep 1; done
 """
-    return Step("stop the run: it saves and leaves", pod.on("all", script))
+    return [
+        Step("say on all hosts that the run is to stop", pod.on("all", mark)),
+        Step("stop the run: it saves and leaves", pod.on("all", script)),
+    ]
 
 
 def end(pod: Pod) -> Step:

@@ -79,7 +79,7 @@ elif verb == "ssh":
 """
 
 # What a host's shell finds as python3.11, and in the environment that it makes. As a run it writes down its
-# arguments and does what `ends` says: one word a start, a code or "wait" for a signal.
+# arguments and does what `ends` says: one word a start, a code, "wait" for a signal, "saved" as after one.
 PYTHON = """
 import json, os, pathlib, shutil, signal, sys, time
 home = pathlib.Path(os.environ["HOME"])
@@ -94,6 +94,7 @@ elif sys.argv[1:3] == ["-m", "openmoe.launcher.xla_spawn"]:
     def save(*_):
         time.sleep(1)
         (root / f"saved-{home.name}").touch()
+        pathlib.Path(os.environ["OPENMOE_STOPPED_FILE"]).touch()
         sys.exit(0)
 
     signal.signal(signal.SIGTERM, save)
@@ -106,6 +107,8 @@ elif sys.argv[1:3] == ["-m", "openmoe.launcher.xla_spawn"]:
         time.sleep(30)
     else:
         time.sleep(0.3)
+        if ends[number] == "saved":
+            save()
         sys.exit(int(ends[number]))
 """
 
@@ -121,6 +124,20 @@ class Cloud:
         self.mount.mkdir()
         self.run_dir = self.mount / "a run"
         self.plan()
+
+    def patch(self, command: str, old: str, new: str) -> None:
+        """Changes what one of the commands does."""
+        path = self.folder / "bin" / command
+        text = path.read_text()
+        assert text.count(old) == 1
+        path.write_text(text.replace(old, new))
+
+    def fails_once(self, mark: str) -> None:
+        """The next ssh whose script has this mark."""
+        once = f'("{mark}" in options["--command"] and not (root / "once").exists())'
+        error = '(root / "once").touch()\n        fail("connection timed out")'
+        begin = '    worker, status = options["--worker"], 0'
+        self.patch("gcloud", begin, f"    if {once}:\n        {error}\n{begin}")
 
     def plan(self, **more: Any) -> None:
         plan = {"create": [], "silent": 0, "states": [], "ends": ["0"]} | more
@@ -231,12 +248,16 @@ def test_a_wheel_is_copied(cloud: Cloud, tmp_path: Path) -> None:
     assert json.loads(pip[1])[-1] == f"{cloud.folder / 'pod' / '1'}/{wheel.name}[tpu]"
 
 
-def follow_until(cloud: Cloud, verb: str, *more: str) -> None:
-    """Follows the job and is interrupted after this verb."""
+def follow_until(
+    cloud: Cloud, verb: str, *more: str, overrides: tuple[str, ...] = (), times: int = 1
+) -> None:
+    """Follows the job and is interrupted after this verb came so often."""
 
     def interrupt() -> None:
         limit = time.monotonic() + 30
-        while not ((cloud.folder / "calls").exists() and verb in cloud.verbs) and time.monotonic() < limit:
+        while time.monotonic() < limit:
+            if (cloud.folder / "calls").exists() and cloud.verbs.count(verb) >= times:
+                break
             time.sleep(0.05)
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGINT)
@@ -244,7 +265,7 @@ def follow_until(cloud: Cloud, verb: str, *more: str) -> None:
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        tpu.command(cloud.job(*more))
+        tpu.command(cloud.job(*more, overrides=overrides))
     thread.join()
 
 
@@ -259,7 +280,7 @@ def test_a_pod_that_is_not_to_be_had(cloud: Cloud) -> None:
 
 def test_a_pod_that_is_refused(cloud: Cloud) -> None:
     """Bug: a zone that does not exist is asked for again and again."""
-    cloud.plan(create=["INVALID_ARGUMENT: no such accelerator type in this zone"])
+    cloud.plan(create=["INVALID_ARGUMENT: no such accelerator type in this zone, for an internal IP"])
     with pytest.raises(ConfigError, match=r"^pod-a: gcloud refuses to create it: ERROR: .*INVALID_ARGUMENT"):
         tpu.command(cloud.job())
     assert cloud.verbs == ["create"]
@@ -318,10 +339,128 @@ def test_gcloud_that_fails_for_a_while(cloud: Cloud, monkeypatch: pytest.MonkeyP
     or one that stays away is asked for ever."""
     cloud.plan(silent=3)
     assert tpu.command(cloud.job("--max-losses=0")) == 0
+    cloud.plan(ends=["wait"] * 2)
+    follow_until(cloud, "start", times=2)
     monkeypatch.setattr(tpu_job, "_MOST_SILENCES", 2)
     cloud.plan(silent=9)
-    with pytest.raises(JobFailed, match="gcloud failed 3 times in a row"):
+    with pytest.raises(JobFailed, match="gcloud failed, 3 times in a row"):
         tpu.command(cloud.job())
+    # the run there may be in the best of health
+    assert (cloud.folder / "pod").exists()
+
+
+def test_ssh_that_never_works(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug: a pod that nobody can log in to is waited for without a word and without end, while it costs."""
+    monkeypatch.setattr(tpu_job, "_MOST_SILENCES", 2)
+    cloud.patch("gcloud", 'elif verb == "ssh":', 'elif verb == "ssh" and fail("Permission denied"):')
+    with pytest.raises(JobFailed, match=r"host 0 did not answer \(.*Permission denied\), 3 times in a row"):
+        tpu.command(cloud.job())
+    said = capsys.readouterr().out
+    assert "Permission denied); 2 times in a row" in said
+    assert said.splitlines()[-1].startswith("gcloud compute tpus tpu-vm delete pod-a")
+
+
+def test_a_save_that_nobody_asked_for(cloud: Cloud) -> None:
+    """Bug: a machine that is maintained tells its run to save; the job counts as done, in mid-training, and
+    the pod is deleted."""
+    cloud.plan(ends=["saved", "0"])
+    assert tpu.command(cloud.job()) == 0
+    assert cloud.verbs == ["create", "install", "start", "end", "start", "delete"]
+    assert cloud.runs[1][-1] == "checkpoint.resume=auto"
+
+
+def test_an_install_that_fails_on_one_host(cloud: Cloud) -> None:
+    """Bug: host 0 counts for all, and the run waits for a host that has nothing to run."""
+    run = 'elif sys.argv[1:3] == ["-m", "openmoe.launcher.xla_spawn"]:'
+    fails = 'elif "pip" in sys.argv and home.name == "1" and not (root / "failed").exists():'
+    cloud.patch("python3.11", run, f'{fails}\n    (root / "failed").touch()\n    sys.exit(1)\n{run}')
+    assert tpu.command(cloud.job("--max-losses=1")) == 0
+    assert cloud.verbs == ["create", "install", "install", "start", "delete"]
+
+
+def test_a_host_that_was_started_anew(cloud: Cloud) -> None:
+    """Bug: the share is mounted at the installation only, and each start after a reboot fails."""
+    cloud.plan(ends=["wait", "0"])
+    follow_until(cloud, "start")
+    for home in (cloud.folder / "pod").glob("?"):
+        session = (home / "openmoe-run" / "session").read_text().strip()
+        subprocess.run(["pkill", "-KILL", "-s", session], check=True)
+    cloud.run_dir.rename(cloud.folder / "unmounted")
+    mount = f'cd "$CLOUD"; test ! -e unmounted || mv unmounted "{cloud.run_dir}"\n'
+    (cloud.folder / "bin" / "mount").write_text(f"#!/bin/bash\n{mount}")
+    assert tpu.command(cloud.job("--max-losses=1")) == 0
+    assert len(cloud.runs) == 2
+
+
+def test_another_job_on_a_kept_pod(cloud: Cloud) -> None:
+    """Bug: what an earlier job has left on the pod is taken for the end of this one, which never runs; or a
+    corrected one is told the old fault."""
+    cloud.plan(ends=["2", "0", "wait"])
+    assert tpu.command(cloud.job("--keep")) == 2
+    assert tpu.command(cloud.job("--keep")) == 2
+    assert len(cloud.runs) == 1
+    assert tpu.command(cloud.job("--keep", overrides=("train.steps=3",))) == 0
+    other = (f"run.dir={cloud.mount / 'another run'}",)
+    (cloud.mount / "another run").mkdir()
+    follow_until(cloud, "start", overrides=other, times=3)
+    assert "checkpoint.resume=auto" not in cloud.runs[2]
+    with pytest.raises(ConfigError, match=r"^pod-a: trains another job; allowed the same run.dir and keys"):
+        tpu.command(cloud.job())
+    assert len(cloud.runs) == 3
+    # how it begins makes no other job of it
+    follow_until(cloud, "start", overrides=(*other, "checkpoint.resume=auto"), times=3)
+    assert len(cloud.runs) == 3
+
+
+def test_a_delete_that_fails(cloud: Cloud) -> None:
+    """Bug: one lost pod counts as many, within seconds."""
+    tries = "(root / f\"try-{len(list(root.glob('try-*')))}\").touch()"
+    refuse = (
+        f'elif verb == "delete" and len(list(root.glob("try-*"))) < 3:\n    {tries}\n    fail("UNAVAILABLE")'
+    )
+    cloud.patch("gcloud", 'elif verb == "delete":', f'{refuse}\nelif verb == "delete":')
+    cloud.plan(states=[[1, "PREEMPTED"]], ends=["wait", "0"])
+    assert tpu.command(cloud.job("--max-losses=1")) == 0
+    assert cloud.verbs.count("delete") == 5
+
+
+def test_a_launcher_out_of_memory(cloud: Cloud) -> None:
+    """Bug: SIGKILL, which the kernel sent, is taken for somebody's wish to end the job."""
+    cloud.plan(ends=["137", "0"])
+    assert tpu.command(cloud.job()) == 0
+
+
+def test_a_first_start_that_was_none(cloud: Cloud) -> None:
+    """Bug: the start never reached the pod, and the next one goes on from an old run in that folder."""
+    cloud.fails_once("nohup")
+    assert tpu.command(cloud.job()) == 0
+    (run,) = cloud.runs
+    assert "checkpoint.resume=auto" not in run
+
+
+def test_what_is_left_and_can_not_be_ended(cloud: Cloud) -> None:
+    """Bug: a run is started beside what the last one has left."""
+    cloud.plan(ends=["3", "0"])
+    cloud.fails_once("KILL")
+    assert tpu.command(cloud.job()) == 0
+    assert cloud.verbs[3:] == ["tail", "end", "tail", "end", "start", "delete"]
+
+
+def test_status_before_a_run(cloud: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bug: a pod that is only created has no log yet, and `status` fails."""
+    (cloud.folder / "pod" / "0").mkdir(parents=True)
+    (cloud.folder / "pod" / "state").write_text("READY")
+    assert tpu.command(["status", "--run", "--name=pod-a", "--zone=europe-west4-a"]) == 0
+    assert "openmoe new" in capsys.readouterr().out
+
+
+def test_a_wheel_elsewhere(cloud: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bug: the address of a wheel is looked for among the files here."""
+    address = "https://example.org/openmoe-0.1.0-py3-none-any.whl"
+    assert tpu.command(cloud.job(f"--package={address}", run=False)) == 0
+    assert f"openmoe[tpu] @ {address}" in capsys.readouterr().out
 
 
 def test_follow_and_stop(cloud: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
@@ -395,6 +534,12 @@ BAD: dict[str, tuple[list[str], str]] = {
         "checkpoint.resume=/a: allowed none or auto with a pod that may be lost; each new start goes on from "
         "the newest checkpoint in run.dir",
     ),
+    "resume by section": (
+        ["checkpoint={{resume: /a}}"],
+        "checkpoint.resume=/a: allowed none or auto with a pod that may be lost; each new start goes on from "
+        "the newest checkpoint in run.dir",
+    ),
+    "device": (["run.device=cpu"], "run.device=cpu: allowed auto; XLA takes the devices of the pod"),
     "engine": (["parallel.engine=torch"], "parallel.engine=torch: allowed xla, or to leave it out"),
     "layout": (
         ["parallel.tensor=3"],
