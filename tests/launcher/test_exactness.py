@@ -252,11 +252,13 @@ def test_a_signal_saves_and_leaves(
     number: signal.Signals, target: str, n: int, expected: range, small: Small, commands: Commands,
     undisturbed: Lines, tmp_path: Path,
 ) -> None:  # fmt: skip
-    """Bug: a signal that arrives at an awkward moment is answered without saving; a resumed run differs. What
-    comes after a step's sums, in which processes agree, counts in the next step."""
-    run_dir = tmp_path / "run"
+    """Bug: a signal that arrives at an awkward moment is answered without saving; a resumed run differs; a
+    launcher can't tell the save from the end. What comes after a step's sums, in which processes agree,
+    counts in the next step."""
+    run_dir, stopped = tmp_path / "run", tmp_path / "stopped"
+    launched = {"OPENMOE_STOPPED_FILE": str(stopped)}
     arguments = small(run_dir, "checkpoint.every_steps=4", "checkpoint.resume=auto")
-    code, stderr = commands.run(*arguments, prelude=signal_after(target, n, number))
+    code, stderr = commands.run(*arguments, prelude=signal_after(target, n, number), **launched)
     assert code == 0, stderr
     found = re.search(rf"stopped by {number.name}, saved at step (\d+) ", stderr)
     assert found, stderr
@@ -264,9 +266,12 @@ def test_a_signal_saves_and_leaves(
     assert saved in expected
     assert (run_dir / f"checkpoints/step_{saved}/manifest.json").exists()
     assert steps_of(lines(run_dir)) == list(range(1, saved + 1))
-    code, stderr = commands.run(*arguments)
+    assert stopped.read_text() == f"{number.name}\n"
+    stopped.unlink()
+    code, stderr = commands.run(*arguments, **launched)
     assert code == 0, stderr
     assert lines(run_dir) == undisturbed
+    assert not stopped.exists()
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
