@@ -50,9 +50,10 @@ check: $(VENV)/.installed
 test: $(VENV)/.installed
 	@$(VENV)/bin/python -m pytest -q
 
-# An empty -m takes in what `make test` leaves out.
+# An empty -m takes in what `make test` leaves out; elsewhere there are a few such tests too.
 test-distributed: $(VENV)/.installed
 	@$(VENV)/bin/python -m pytest -q -m "" tests/distributed
+	@$(VENV)/bin/python -m pytest -q -m distributed --ignore=tests/distributed
 
 # The same cases with NCCL, each rank on a GPU of its own; those with more ranks than GPUs are skipped.
 test-gpu: $(VENV)/.installed

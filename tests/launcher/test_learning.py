@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from openmoe.data.prepare import prepare
 from openmoe.launcher.entry import load_config
 from openmoe.launcher.report import entropies
 from openmoe.launcher.train import build_loader, source_names
 
 
+@pytest.mark.distributed  # not on several processes, but a minute and a half
 def test_held_back_loss_falls_below_the_unigram_entropy(tmp_path: Path) -> None:
     """Bug: anything that leaves training running but not learning: a lost gradient, a learning rate off by a
     factor, targets shifted by one, text that doesn't belong together. The whole demo gets 0.9 to 1.5 nats

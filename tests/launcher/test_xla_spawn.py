@@ -475,6 +475,7 @@ def test_a_signal_to_one_host_stops_all(four: Callable[..., list[Any]], tmp_path
     assert [len(starts(tmp_path, rank)) for rank in range(HOSTS)] == [1] * HOSTS
 
 
+@pytest.mark.distributed
 def test_a_signal_while_hosts_come_together(four: Callable[..., list[Any]], tmp_path: Path) -> None:
     """Bug: a run that is stopped before it has begun: the other hosts wait for ten minutes."""
     hosts = four("", ranks=range(3))
@@ -484,6 +485,7 @@ def test_a_signal_while_hosts_come_together(four: Callable[..., list[Any]], tmp_
     assert not any(starts(tmp_path, rank) for rank in range(3))
 
 
+@pytest.mark.distributed
 def test_a_host_that_does_not_come(
     four: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -506,6 +508,7 @@ VOTES = (
 )
 
 
+@pytest.mark.distributed
 def test_a_save_that_nobody_asked_for(four: Callable[..., list[Any]], tmp_path: Path) -> None:
     """Bug: the supervisor of one host is killed, its process votes, all save, and the launchers of the others
     say that the run has reached its end."""
@@ -539,6 +542,7 @@ def test_a_signal_to_the_process_itself(environment: Environment, tmp_path: Path
     assert len(starts(tmp_path)) == 2
 
 
+@pytest.mark.distributed
 def test_two_signals_while_hosts_come_together(
     four: Callable[..., list[Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
