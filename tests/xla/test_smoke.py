@@ -17,9 +17,6 @@ torch_xla = pytest.importorskip("torch_xla", reason="torch_xla is missing here; 
 metrics = pytest.importorskip("torch_xla.debug.metrics")
 
 ROOT = Path(__file__).resolve().parents[2]
-# Before any backward pass on the CPU: torch_xla dies later when its client is not there first.
-DEVICE = torch_xla.device()
-
 ROWS, SEQ_LEN = 4, 32
 VARIANTS = {
     "paper": {"residual": "parallel_shared_norm", "ffn": "swiglu3"},
@@ -62,7 +59,9 @@ def loss_of(model: Decoder, rows: Batch) -> torch.Tensor:
 
 
 def on_device(rows: Batch) -> Batch:
-    return Batch(**{f.name: v.to(DEVICE) for f in fields(rows) if (v := getattr(rows, f.name)) is not None})
+    return Batch(
+        **{f.name: v.to(torch_xla.device()) for f in fields(rows) if (v := getattr(rows, f.name)) is not None}
+    )
 
 
 def compilations() -> int:
@@ -78,7 +77,7 @@ def test_einsum_path_equals_eager(variant: str) -> None:
     initialise(eager, eager.config, seed=0)
     traced = Decoder(config(variant)).train()
     traced.load_state_dict(eager.state_dict())
-    traced.to(DEVICE)
+    traced.to(torch_xla.device())
 
     metrics.clear_all()
     compiled = []
