@@ -38,7 +38,10 @@ def trace_step(
     topology: Topology,
     dtypes: tuple[torch.dtype, torch.dtype],
 ) -> StepProgram:
-    """`train_step` on an XLA mesh whose devices this process has; `dtypes` of parameters and activations."""
+    """`train_step` on an XLA mesh whose devices this process has; `dtypes` of parameters and activations.
+
+    Its tensors have no data: as long as one of them is left this process can't run a program.
+    """
     spmd = TracedSpmd(topology)
     model = meta_model(config, parallel, spmd, dtypes[1])
     for name, parameter in list(model.named_parameters()):

@@ -1,11 +1,13 @@
 """A whole step as a program that is never run: what it holds, and what TPU v3's compiler makes of it."""
 
+import gc
 import json
 import os
 import re
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
@@ -28,6 +30,13 @@ SMALL = [
     "experiment=tiny", "model.n_layers=2", "train.seq_len=128", "train.precision=bf16", "parallel.expert=4",
     "parallel.tensor=2",
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_placeholders() -> Iterator[None]:
+    """What was traced can't be run: the next program that is, of all tensors there are, would die of it."""
+    yield
+    gc.collect()
 
 
 def page(*overrides: str) -> XlaCompilePage:
