@@ -28,11 +28,13 @@ def programs() -> int:
     return int((metrics.metric_data("CompileTime") or [0])[0])
 
 
-def host_operations() -> list[str]:
-    """What XLA could not do, and the host did."""
+def host_operations() -> dict[str, int]:
+    """What XLA could not do, and the host did: how often so far."""
     from torch_xla.debug import metrics
 
-    return [name for name in metrics.counter_names() if name.startswith("aten::")]
+    return {
+        name: metrics.counter_value(name) for name in metrics.counter_names() if name.startswith("aten::")
+    }
 
 
 @dataclass
@@ -74,12 +76,14 @@ class Comparison:
     other_choices: int  # with a margin, and to other experts
     other_kept: int  # to the same experts in a step and layer without any difference, and dropped otherwise
     new_programs: list[int]  # of each step
+    on_the_host: list[str]  # operations that XLA could not do
 
 
 def compare(experiment: str, shape: Shape, devices: int) -> Comparison:
     expected = in_one_process(experiment)
     training = Training(page(experiment, *mesh(*shape)), devices)
     assert training.topology.xla_shape() == shape
+    before = host_operations()
     found = train(training, experiment)
     assert found.gradients.keys() == expected.gradients.keys()
     assert {name.split("/")[0] for name in found.gradients} == {"ul2", "causal_lm"}
@@ -111,6 +115,7 @@ def compare(experiment: str, shape: Shape, devices: int) -> Comparison:
         other_choices=other_choices,
         other_kept=other_kept,
         new_programs=found.compiled,
+        on_the_host=[name for name, count in host_operations().items() if count > before.get(name, 0)],
     )
 
 
@@ -125,7 +130,6 @@ def main() -> None:
             values = [getattr(found, column.name) for column in fields(Comparison)]
             cells = [f"{value:.1e}" if isinstance(value, float) else str(value) for value in values]
             print(f"| {experiment} | {' x '.join(map(str, shape))} | {' | '.join(cells)} |", flush=True)
-    print(f"\nOperations on the host: {', '.join(host_operations()) or 'none'}.")
 
 
 if __name__ == "__main__":

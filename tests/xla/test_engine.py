@@ -3,7 +3,7 @@
 import pytest
 from torch import Tensor
 
-from tests.xla.equality import LOSSES, MESHES, MODELS, compare, host_operations, programs
+from tests.xla.equality import LOSSES, MESHES, MODELS, compare, programs
 from tests.xla.training import MARK, STEPS, Training, batches, mesh, on_host, page
 
 CLOSE = 2e-5
@@ -22,7 +22,7 @@ def test_equals_one_process(experiment: str, shape: tuple[int, int, int], device
     assert found.choices > 5_000
     assert found.other_choices == found.other_kept == 0
     assert found.new_programs[1:] == [0] * (STEPS - 1)
-    assert not host_operations()
+    assert not found.on_the_host
 
 
 @pytest.mark.parametrize(
